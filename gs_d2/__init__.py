@@ -1,0 +1,1 @@
+"""gs_d2: scale-invariant face detection by group sampling, a Detectron2 project."""
