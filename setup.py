@@ -39,7 +39,15 @@ def extension():
     sources = sorted(glob.glob("csrc/cpu/*.cpp") + ["csrc/ops/library.cpp"] + glob.glob("csrc/ops/*_cpu.cpp"))
     depends = sorted(glob.glob("csrc/**/*.h", recursive=True))
     # One rounding per operation: labels and draws must not depend on the compiler or the device.
-    cxx_flags = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wall"]
+    cxx_flags = [
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-Wall",
+    ]
     cxx_flags += ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
     macros = [("Py_LIMITED_API", PYTHON_TARGET_VERSION), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     return Extension(

@@ -1,27 +1,28 @@
 #!/usr/bin/env python
 """Trains and evaluates, with Detectron2's own flags.
 
-    python train_net.py --config-file configs/wider/fpn_finest_sampling.yaml --num-gpus 8
-    python train_net.py --config-file ... --resume
-    python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
+python train_net.py --config-file configs/wider/fpn_finest_sampling.yaml --num-gpus 8
+python train_net.py --config-file ... --resume
+python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
 """
 
 import os
 import sys
 
-import gs_d2.data
-import gs_d2.modeling  # noqa: F401  (registers the detectors)
 import torch
-from gs_d2.config import add_gs_config, check_config
-from gs_d2.data import FaceDatasetMapper
-from gs_d2.evaluation import WiderFaceEvaluator
-
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+import gs_d2.data
+import gs_d2.modeling  # noqa: F401  (registers the detectors)
+from gs_d2.config import add_gs_config, check_config
+from gs_d2.data import FaceDatasetMapper
+from gs_d2.evaluation import WiderFaceEvaluator
 
 
 class Trainer(DefaultTrainer):
@@ -71,6 +72,7 @@ def setup(args):
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         sys.exit("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gs_d2")
     return cfg
 
 
@@ -78,7 +80,9 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

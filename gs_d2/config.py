@@ -47,7 +47,11 @@ def add_gs_config(cfg):
 _BREAKING_DEFAULTS = [
     ("TEST.DETECTIONS_PER_IMAGE", 100, "a WIDER FACE image has up to 1,968 faces; use 1000 or more"),
     ("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5"),
-    ("MODEL.RPN.PRE_NMS_TOPK_TEST", 6000, "over all scales together it starves small faces; the paper keeps 50000"),
+    (
+        "MODEL.RPN.PRE_NMS_TOPK_TEST",
+        6000,
+        "over all scales together it starves small faces; the paper keeps 50000",
+    ),
     ("MODEL.RPN.POST_NMS_TOPK_TEST", 1000, "it caps detections before TEST.DETECTIONS_PER_IMAGE does"),
     ("MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]"),
     ("MODEL.RPN.POSITIVE_FRACTION", 0.5, "the paper samples positives : negatives = 1 : 3, that is 0.25"),

@@ -37,6 +37,19 @@ RENAMES = [
 STUB_C = '''"""Stands in for Detectron2's compiled ops, which this build (from the package index) does not have."""
 
 
+# What Detectron2 prints of its build at the start of every run.
+def get_compiler_version():
+    return "none: pure Python build"
+
+
+def get_cuda_version():
+    return "none: pure Python build"
+
+
+def has_cuda():
+    return False
+
+
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
@@ -96,14 +109,16 @@ def install_from_index():
         )  # fmt: skip
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(folder)
+            tar.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(
+                folder
+            )
         (source,) = (path for path in folder.iterdir() if path.is_dir())
         mend(source)
         build = [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build"]
         subprocess.run(build, cwd=source, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         (wheel,) = (source / "dist").glob("*.whl")
         pip("install", "--quiet", *SDIST_REQUIREMENTS)
-        pip("install", "--quiet", "--no-deps", str(wheel))
+        pip("install", "--quiet", "--no-deps", "--force-reinstall", str(wheel))
 
 
 def mend(source: Path):
@@ -119,8 +134,12 @@ def mend(source: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--route", choices=["auto", "official", "index"], default="auto")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--route", choices=["auto", "official", "index"], default="auto", help="insist on one way"
+    )
     route = parser.parse_args().route
     try:
         metadata.version("torch")

@@ -20,8 +20,12 @@ SUBSET_MIN_HEIGHT = {"easy": 48, "medium": 24, "hard": 10}  # nested, as WIDER F
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder that receives widerface/ (use it as DETECTRON2_DATASETS)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", required=True, help="folder that receives widerface/ (use it as DETECTRON2_DATASETS)"
+    )
     parser.add_argument("--train", type=int, default=240, help="number of training images")
     parser.add_argument("--val", type=int, default=60, help="number of validation images")
     parser.add_argument("--size", type=int, nargs=2, default=(384, 288), metavar=("W", "H"))
@@ -114,7 +118,13 @@ def draw_clutter(rng, canvas):
             points = [tuple(rng.uniform(0, 1, 2) * (dx, dy) + (x, y)) for _ in range(int(rng.integers(3, 7)))]
             draw.polygon(points, fill=colour)
         else:
-            draw.arc((x, y, x + dx, y + dy), 0, int(rng.integers(90, 360)), fill=colour, width=int(rng.integers(2, 14)))
+            draw.arc(
+                (x, y, x + dx, y + dy),
+                0,
+                int(rng.integers(90, 360)),
+                fill=colour,
+                width=int(rng.integers(2, 14)),
+            )
 
 
 def draw_face(rng, canvas, x, y, w, h):
@@ -131,7 +141,12 @@ def draw_face(rng, canvas, x, y, w, h):
 
     draw.ellipse(box(0.5, 0.5, 0.5, 0.5), fill=skin)
     if rng.random() < 0.8:
-        draw.chord(box(0.5, 0.5, 0.5, 0.5), 195 + rng.uniform(-10, 15), 345 + rng.uniform(-15, 10), fill=random_colour(rng, 0, 110))
+        draw.chord(
+            box(0.5, 0.5, 0.5, 0.5),
+            195 + rng.uniform(-10, 15),
+            345 + rng.uniform(-15, 10),
+            fill=random_colour(rng, 0, 110),
+        )
     turn = rng.uniform(-0.08, 0.08)
     eye_y, eye_r = rng.uniform(0.4, 0.47), rng.uniform(0.07, 0.1)
     for eye_x in (0.3 + turn, 0.7 + turn):
@@ -143,7 +158,10 @@ def draw_face(rng, canvas, x, y, w, h):
             width=max(1, int(SUPERSAMPLING * h * 0.025)),
         )
     nose = tuple(int(c * 0.75) for c in skin)
-    draw.polygon([box(0.5 + turn, 0.48, 0, 0)[:2], box(0.43 + turn, 0.65, 0, 0)[:2], box(0.57 + turn, 0.65, 0, 0)[:2]], fill=nose)
+    draw.polygon(
+        [box(0.5 + turn, 0.48, 0, 0)[:2], box(0.43 + turn, 0.65, 0, 0)[:2], box(0.57 + turn, 0.65, 0, 0)[:2]],
+        fill=nose,
+    )
     mouth = (int(rng.integers(120, 200)), 50, 60)
     draw.chord(box(0.5 + turn, 0.74, rng.uniform(0.14, 0.22), rng.uniform(0.05, 0.1)), 0, 180, fill=mouth)
     canvas.paste(layer, (0, 0), layer)
@@ -170,7 +188,11 @@ def draw_distractor(rng, canvas, x, y, w, h):
     elif kind == 1:  # a clock
         for _ in range(2):
             end = box(0.5 + rng.uniform(-0.35, 0.35), 0.5 + rng.uniform(-0.35, 0.35), 0, 0)[:2]
-            draw.line((*box(0.5, 0.5, 0, 0)[:2], *end), fill=(20, 20, 20), width=max(1, int(SUPERSAMPLING * h * 0.04)))
+            draw.line(
+                (*box(0.5, 0.5, 0, 0)[:2], *end),
+                fill=(20, 20, 20),
+                width=max(1, int(SUPERSAMPLING * h * 0.04)),
+            )
     else:  # spots where no eyes and mouth belong
         for _ in range(int(rng.integers(1, 5))):
             cx, cy = rng.uniform(0.2, 0.8), rng.choice([rng.uniform(0.1, 0.3), rng.uniform(0.55, 0.9)])
@@ -193,11 +215,14 @@ def write_ground_truth(folder, annotations):
     common = {
         "event_list": cells(annotations),
         "file_list": cells(cells(name[:-4] for name, _ in images) for images in annotations.values()),
-        "face_bbx_list": cells(cells(boxes.astype(float) for _, boxes in images) for images in annotations.values()),
+        "face_bbx_list": cells(
+            cells(boxes.astype(float) for _, boxes in images) for images in annotations.values()
+        ),
     }
     labels = {
         f"{key}_label_list": cells(
-            cells(np.zeros((len(boxes), 1), np.uint8) for _, boxes in images) for images in annotations.values()
+            cells(np.zeros((len(boxes), 1), np.uint8) for _, boxes in images)
+            for images in annotations.values()
         )
         for key in ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
     }

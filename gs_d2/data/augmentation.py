@@ -1,7 +1,6 @@
 """The paper's training augmentation (section 5, "WIDER FACE") as a Detectron2 augmentation."""
 
 import numpy as np
-
 from detectron2.data import transforms as T
 
 

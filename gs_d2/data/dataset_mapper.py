@@ -4,11 +4,11 @@ import copy
 
 import numpy as np
 import torch
-
 from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
+
 from gs_d2.data.augmentation import ScaleJitterCrop
 
 
@@ -40,7 +40,8 @@ class FaceDatasetMapper:
             if cfg.INPUT.RANDOM_FLIP != "none":
                 augmentations.append(
                     T.RandomFlip(
-                        horizontal=cfg.INPUT.RANDOM_FLIP == "horizontal", vertical=cfg.INPUT.RANDOM_FLIP == "vertical"
+                        horizontal=cfg.INPUT.RANDOM_FLIP == "horizontal",
+                        vertical=cfg.INPUT.RANDOM_FLIP == "vertical",
                     )
                 )
         else:
@@ -58,7 +59,9 @@ class FaceDatasetMapper:
             dict: the input's file_name and image_id, with height and width of the file; image (uint8 Tensor[3, H, W]);
             in training also instances (gt_boxes, gt_classes all 0) and ignore_boxes (Boxes), in pixels of `image`.
         """
-        result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
+        result = {
+            key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict
+        }
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         result["height"], result["width"] = image.shape[:2]
         aug_input = T.AugInput(image)

@@ -7,11 +7,10 @@ stride per map, the usual case, that is Detectron2's own (Hi, Wi, A) order. Pred
 """
 
 import torch
-from torch import Tensor, nn
-
 from detectron2.config import configurable
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
 from detectron2.structures import Boxes
+from torch import Tensor, nn
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -53,9 +52,13 @@ class ScaleStrideAnchorGenerator(nn.Module):
             feature_strides, sizes, aspect_ratios, anchor_strides, strict=True
         ):
             if len(strides) != len(map_sizes) or sorted(strides) != list(strides):
-                raise ValueError(f"anchor_strides must rise, one for each of sizes {map_sizes}, got {strides}")
+                raise ValueError(
+                    f"anchor_strides must rise, one for each of sizes {map_sizes}, got {strides}"
+                )
             if any(stride % feature_stride for stride in strides):
-                raise ValueError(f"anchor_strides must be multiples of the map's stride {feature_stride}, got {strides}")
+                raise ValueError(
+                    f"anchor_strides must be multiples of the map's stride {feature_stride}, got {strides}"
+                )
             per_size = len(map_ratios)
             grids = []
             for stride in sorted(set(strides)):
@@ -63,7 +66,9 @@ class ScaleStrideAnchorGenerator(nn.Module):
                 last = first + strides.count(stride) * per_size
                 grids.append((stride, stride // feature_stride, first, last))
             self._grids.append(grids)
-            self._cells.append(DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float())
+            self._cells.append(
+                DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float()
+            )
         self.scales = sorted({float(size) for map_sizes in sizes for size in map_sizes})
         """The distinct anchor scales, ascending, in pixels."""
 
@@ -126,5 +131,7 @@ def _broadcast(name, values, num_features):
     if not isinstance(values[0], (list, tuple)):
         return [list(values)] * num_features
     if len(values) not in (1, num_features):
-        raise ValueError(f"{name} must have one list, or one for each of {num_features} feature maps, got {len(values)}")
+        raise ValueError(
+            f"{name} must have one list, or one for each of {num_features} feature maps, got {len(values)}"
+        )
     return [list(value) for value in values] * (num_features if len(values) == 1 else 1)

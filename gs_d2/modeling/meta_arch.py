@@ -1,12 +1,11 @@
 """Detectors: what Detectron2 builds from MODEL.META_ARCHITECTURE."""
 
 import torch
-from torch import nn
-
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
+from torch import nn
 
 
 @META_ARCH_REGISTRY.register()
@@ -73,7 +72,9 @@ class RPNDetector(nn.Module):
             ignore_boxes = None
             if "ignore_boxes" in batched_inputs[0]:
                 ignore_boxes = [x["ignore_boxes"].to(self.device) for x in batched_inputs]
-            _, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes, with_proposals=False)
+            _, losses = self.proposal_generator(
+                images, features, gt_instances, ignore_boxes, with_proposals=False
+            )
             return losses
 
         proposals, _ = self.proposal_generator(images, features)

@@ -5,15 +5,15 @@ Shape shorthand: B images, R anchors of an image over all feature maps, G groups
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torchvision.ops import nms
-
 from detectron2.config import configurable
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, build_rpn_head
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
+from torch import Tensor
+from torchvision.ops import nms
+
 from gs_d2.modeling.losses import BOX_REG_LOSS_TYPES, box_regression_loss, group_counts, group_mean_weights
 from gs_d2.modeling.matcher import TwoPassMatcher
 from gs_d2.modeling.sampling import GroupSampler, group_by_scale
@@ -54,7 +54,8 @@ class GroupSamplingRPN(torch.nn.Module):
             head: as :class:`SoftmaxRPNHead`.
             anchor_generator: as :class:`ScaleStrideAnchorGenerator`.
             anchor_matcher, sampler: which anchors are positive and negative, and which of them are trained on.
-            group_scales: scale in pixels of each of the sampler's groups; unused where it has one group.
+            group_scales: the scales, in pixels, that define the groups; statistics are kept by them even where the
+                sampler has a single group.
             box2box_transform: eq. 13.
             pre_nms_topk, post_nms_topk: (training, test) boxes kept before and after NMS, over all feature maps.
             nms_thresh: IoU above which the lower-scored box is dropped.
@@ -150,7 +151,9 @@ class GroupSamplingRPN(torch.nn.Module):
         if self.training:
             assert gt_instances is not None, "GroupSamplingRPN needs gt_instances in training"
             losses = self.losses(anchors, logits, deltas, [x.gt_boxes for x in gt_instances], ignore_boxes)
-        proposals = self.predict_proposals(anchors, logits, deltas, images.image_sizes) if with_proposals else []
+        proposals = (
+            self.predict_proposals(anchors, logits, deltas, images.image_sizes) if with_proposals else []
+        )
         return proposals, losses
 
     @torch.no_grad()
@@ -171,7 +174,9 @@ class GroupSamplingRPN(torch.nn.Module):
         ignores = {}
         if ignore_boxes is not None:
             ignores["ignore_boxes"], ignores["ignore_offsets"] = _concatenate(ignore_boxes, anchors)
-        matched_idxs, match_labels, _ = self.anchor_matcher.match(all_gts, anchors, gt_offsets=gt_offsets, **ignores)
+        matched_idxs, match_labels, _ = self.anchor_matcher.match(
+            all_gts, anchors, gt_offsets=gt_offsets, **ignores
+        )
         return match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1))
 
     def losses(
@@ -189,20 +194,23 @@ class GroupSamplingRPN(torch.nn.Module):
             gt_boxes, ignore_boxes: of each image.
         """
         match_labels, matched_gt_idxs, all_gt_boxes = self.label_anchors(anchors, gt_boxes, ignore_boxes)
-        group_idxs = self.group_of_anchors(anchors)
+        scale_idxs = group_by_scale(Boxes(anchors).area().sqrt(), self.group_scales)
+        num_groups = self.sampler.num_groups
+        group_idxs = scale_idxs if num_groups > 1 else torch.zeros_like(scale_idxs)
         cls_losses = F.cross_entropy(
             pred_logits.transpose(1, 2), match_labels.clamp(min=0).long(), reduction="none"
         )  # [B, R]
         sampled_labels = self.sampler(match_labels, group_idxs, cls_losses.detach())
 
-        num_groups = self.sampler.num_groups
         sampled, positive = sampled_labels >= 0, sampled_labels == 1
         loss_cls = (cls_losses * group_mean_weights(sampled, group_idxs, num_groups)).sum()
 
         # Positives, gathered into a fixed number of rows (no wait for their count); surplus rows have weight 0.
         num_images, num_anchors = sampled.shape
         rows = torch.nonzero_static(
-            positive.flatten(), size=min(num_images * self.sampler.max_positives, positive.numel()), fill_value=-1
+            positive.flatten(),
+            size=min(num_images * self.sampler.max_positives, positive.numel()),
+            fill_value=-1,
         )[:, 0]
         valid, rows = rows >= 0, rows.clamp(min=0)
         positive_anchors = anchors[rows % num_anchors]
@@ -218,33 +226,33 @@ class GroupSamplingRPN(torch.nn.Module):
         loc_weights = group_mean_weights(positive, group_idxs, num_groups).flatten()[rows] * valid
         loss_loc = (loc_losses * loc_weights).sum()
 
-        self._log_groups(sampled, positive, group_idxs, cls_losses.detach())
+        self._log_groups(match_labels, sampled_labels, scale_idxs, cls_losses.detach())
         losses = {"loss_rpn_cls": loss_cls, "loss_rpn_loc": loss_loc}
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
-    def group_of_anchors(self, anchors: Tensor) -> Tensor:
-        """Group of each anchor, int64 [R]."""
-        if self.sampler.num_groups == 1:
-            return torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        return group_by_scale(Boxes(anchors).area().sqrt(), self.group_scales)
-
-    def _log_groups(self, sampled, positive, group_idxs, cls_losses):
-        """Per group and image: samples drawn and their mean classification loss, into TensorBoard."""
+    def _log_groups(self, match_labels, sampled_labels, scale_idxs, cls_losses):
+        """Into TensorBoard, by scale: anchors matched and drawn, per image, and the mean loss of those drawn."""
         storage = get_event_storage()
         if storage.iter % _LOG_PERIOD != 0:
             return
-        num_groups = self.sampler.num_groups
-        num_positives = group_counts(positive, group_idxs, num_groups).mean(dim=0)
-        num_negatives = group_counts(sampled & ~positive, group_idxs, num_groups).mean(dim=0)
-        mean_losses = torch.zeros(num_groups, device=sampled.device)
-        weights = group_mean_weights(sampled, group_idxs, num_groups)
-        mean_losses.scatter_add_(0, group_idxs, (cls_losses * weights).sum(dim=0))
-        statistics = torch.stack([num_positives, num_negatives, mean_losses]).cpu().tolist()
-        names = ["all"] if num_groups == 1 else [f"{scale:g}" for scale in self.group_scales]
-        for name, num_pos, num_neg, loss in zip(names, *statistics, strict=True):
-            storage.put_scalar(f"rpn/num_pos_anchors@{name}", num_pos, smoothing_hint=False)
-            storage.put_scalar(f"rpn/num_neg_anchors@{name}", num_neg, smoothing_hint=False)
-            storage.put_scalar(f"rpn/loss_cls@{name}", loss, smoothing_hint=False)
+        num_scales = len(self.group_scales)
+        statistics = {
+            f"groups/{name}": group_counts(mask, scale_idxs, num_scales).mean(dim=0)
+            for name, mask in {
+                "pos_matched": match_labels == 1,
+                "neg_matched": match_labels == 0,
+                "pos_sampled": sampled_labels == 1,
+                "neg_sampled": sampled_labels == 0,
+            }.items()
+        }
+        weights = group_mean_weights(sampled_labels >= 0, scale_idxs, num_scales)
+        statistics["groups/loss_cls"] = weights.new_zeros(num_scales).scatter_add_(
+            0, scale_idxs, (cls_losses * weights).sum(dim=0)
+        )
+        values = torch.stack(list(statistics.values())).tolist()
+        for name, row in zip(statistics, values, strict=True):
+            for scale, value in zip(self.group_scales, row, strict=True):
+                storage.put_scalar(f"{name}@{scale:g}", value, smoothing_hint=False)
 
     @torch.no_grad()
     def predict_proposals(
@@ -254,7 +262,9 @@ class GroupSamplingRPN(torch.nn.Module):
         objectness = pred_logits[..., 1] - pred_logits[..., 0]
         min_logit = _logit(self.score_thresh_test) if not self.training else -float("inf")
         results = []
-        for scores, deltas, image_size in zip(objectness.detach(), pred_deltas.detach(), image_sizes, strict=True):
+        for scores, deltas, image_size in zip(
+            objectness.detach(), pred_deltas.detach(), image_sizes, strict=True
+        ):
             scores, idxs = scores.topk(min(self.pre_nms_topk[self.training], len(scores)))
             # An infinite prediction is a diverged model: training stops on its loss, test drops it.
             boxes = Boxes(self.box2box_transform.apply_deltas(deltas[idxs], anchors[idxs]))

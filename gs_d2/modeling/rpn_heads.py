@@ -1,11 +1,10 @@
 """Heads that predict face / background logits and box deltas for every anchor of a cell."""
 
-from torch import Tensor, nn
-
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+from torch import Tensor, nn
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -29,7 +28,9 @@ class SoftmaxRPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        (in_channels,) = _same("channels of the RPN's feature maps", [shape.channels for shape in input_shape])
+        (in_channels,) = _same(
+            "channels of the RPN's feature maps", [shape.channels for shape in input_shape]
+        )
         (num_anchors,) = _same(
             "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
         )
