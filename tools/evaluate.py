@@ -19,16 +19,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.evaluation import face_eval, fddb  # noqa: E402
-from gs_d2.evaluation.curves import (  # noqa: E402
+from gs_d2.evaluation import face_eval, fddb
+from gs_d2.evaluation.curves import (
     load_curves,
     plot_pr_curves,
     plot_roc_curves,
     read_official_curves,
     save_curves,
 )
-from gs_d2.evaluation.prediction_files import read_wider_predictions, write_wider_predictions  # noqa: E402
-from gs_d2.evaluation.report import (  # noqa: E402
+from gs_d2.evaluation.prediction_files import read_wider_predictions, write_wider_predictions
+from gs_d2.evaluation.report import (
     format_table,
     format_wider_table,
     json_number,
@@ -36,7 +36,7 @@ from gs_d2.evaluation.report import (  # noqa: E402
     score_note,
     wider_summary,
 )
-from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face  # noqa: E402
+from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PATH",
-        help="draw other methods too: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
+        help="draw other methods: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
     )
     wider.add_argument(
         "--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip"
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="F",
-        help="lower the top of each box by this fraction of its height (WIDER's boxes reach higher: 0.2); default 0",
+        help="lower the top of each box by this fraction of its height (for WIDER's taller boxes: 0.2)",
     )
     return parser.parse_args(argv)
 
@@ -129,9 +129,8 @@ def wider_face(args: argparse.Namespace) -> dict:
         print(f"{len(predictions.empty)} files are without detections")
     absent = [name for name in OFFICIAL_SUBSETS if name not in result.curves]
     if absent:
-        print(
-            f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no wider_{{{','.join(absent)}}}_val.mat"
-        )
+        names = ", ".join(f"wider_{name}_val.mat" for name in absent)
+        print(f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no {names}")
     if args.submission:
         write_wider_predictions(predictions.detections, args.submission)
     if args.output:
@@ -187,10 +186,9 @@ def run_fddb(args: argparse.Namespace) -> dict:
             "Discrete": (result.false_positives, result.discrete),
             "Continuous": (result.false_positives, result.continuous),
         }
-        columns = ("false_positives", "discrete", "continuous", "thresholds")
-        np.savez_compressed(
-            args.output / "roc_curves.npz", **{name: getattr(result, name) for name in columns}
-        )
+        names = ("false_positives", "discrete", "continuous", "thresholds")
+        arrays = {name: getattr(result, name) for name in names}
+        np.savez_compressed(args.output / "roc_curves.npz", **arrays)
         plot_roc_curves({args.name: curves}, args.output / "roc_curve.png")
     return {
         "disc_tpr": {str(count): json_number(rate) for count, rate in zip(counts, discrete, strict=True)},
