@@ -45,16 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("benchmark", choices=["wider_face", "fddb", "afw", "pascal_face"])
     parser.add_argument("--predictions", required=True, type=Path, metavar="PATH", help="the detections")
-    parser.add_argument(
-        "--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write results.json, curves (npz) and a picture"
-    )
+    parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write results.json, curves (npz) and a picture")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, fractions 0..1")
-    parser.add_argument(
-        "--name", default="gs_d2", help="of the method, in the picture (default: %(default)s)"
-    )
+    parser.add_argument("--name", default="gs_d2", help="of the method, in the picture (default: %(default)s)")
     wider = parser.add_argument_group("wider_face")
     wider.add_argument(
         "--compare",
@@ -63,9 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="draw other methods: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
     )
-    wider.add_argument(
-        "--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip"
-    )
+    wider.add_argument("--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip")
     fddb_group = parser.add_argument_group("fddb")
     fddb_group.add_argument(
         "--images", type=Path, metavar="DIR", help="FDDB's originalPics: clip to the true image sizes"
@@ -81,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="F",
-        help="lower the top of each box by this fraction of its height (for WIDER's taller boxes: 0.2)",
+        help="lower the top of each box by this fraction of its height (0.2 for WIDER's taller boxes; default 0)",
     )
     return parser.parse_args(argv)
 
@@ -159,25 +151,17 @@ def run_fddb(args: argparse.Namespace) -> dict:
         detections = {image: fddb.ellipses_from_rectangles(rows) for image, rows in detections.items()}
     sizes = fddb.image_sizes_of(args.images, list(annotations)) if args.images else {}
     if args.images and not sizes:
-        raise ValueError(
-            f"{args.images}: has no image of FDDB; need files like {next(iter(annotations))}.jpg"
-        )
+        raise ValueError(f"{args.images}: has no image of FDDB; need files like {next(iter(annotations))}.jpg")
     result = fddb.evaluate_fddb(annotations, detections, sizes)
     if len(result.missing) == len(annotations):
-        raise ValueError(
-            f"{args.predictions}: no image of {args.ground_truth} in it; need names as in the lists"
-        )
+        raise ValueError(f"{args.predictions}: no image of {args.ground_truth} in it; need names as in the lists")
     counts = fddb.FALSE_POSITIVES
     discrete = [result.rate_at(count) for count in counts]
     continuous = [result.rate_at(count, continuous=True) for count in counts]
-    rows = [
-        [str(count), percent(d), percent(c)] for count, d, c in zip(counts, discrete, continuous, strict=True)
-    ]
+    rows = [[str(count), percent(d), percent(c)] for count, d, c in zip(counts, discrete, continuous, strict=True)]
     print(format_table(["FP at most", "discrete TPR", "continuous TPR"], rows))
     shape = "fitted ellipses" if args.fit_ellipses else "as given"
-    print(
-        f"setting: {shape}, {len(sizes)} of {len(annotations)} image sizes from images, the others estimated"
-    )
+    print(f"setting: {shape}, {len(sizes)} of {len(annotations)} image sizes from images, the others estimated")
     print(score_note_of(detections))
     print(f"{result.num_faces} faces")
     print_missing(result.missing, len(annotations), result.num_unknown, "images of the detections")

@@ -52,12 +52,8 @@ def fit(ellipses: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ground-truth", required=True, type=Path, metavar="PATH", help="FDDB's ellipse lists"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="FDDB's ellipse lists")
     parser.add_argument("--write", action="store_true", help=f"replace {TARGET.relative_to(ROOT)}")
     args = parser.parse_args(argv)
     try:
@@ -70,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     text = TEMPLATE.format(*radii.ravel(), angle)
     print(text)
     major, minor = np.sqrt((errors**2).mean(axis=0))
-    print(
-        f"{len(ellipses)} ellipses; relative error of the radii: {major:.1%}, {minor:.1%} (root mean square)"
-    )
+    print(f"{len(ellipses)} ellipses; relative error of the radii: {major:.1%}, {minor:.1%} (root mean square)")
     if args.write:
         TARGET.write_text(text)
     return 0

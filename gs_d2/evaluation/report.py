@@ -37,16 +37,12 @@ def format_wider_table(
     names = [name for name in (*OFFICIAL_SUBSETS, "all", "all_valid") if name in result.curves]
     rows = [[_TITLES[name], percent(result.curves[name].ap), str(result.num_faces[name])] for name in names]
     for scale, scale_result in (by_scale or {}).items():
-        rows.append(
-            [f"All @{scale}", percent(scale_result.curves["all"].ap), str(scale_result.num_faces["all"])]
-        )
+        rows.append([f"All @{scale}", percent(scale_result.curves["all"].ap), str(scale_result.num_faces["all"])])
     for attribute, values in ATTRIBUTES.items():
         for value in values:
             name = f"{attribute}.{value}"
             if name in result.curves:
-                rows.append(
-                    [f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])]
-                )
+                rows.append([f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])])
     lines = [format_table(["subset", "AP", "faces"], rows)]
     if setting:
         lines.append("setting: " + ", ".join(f"{name} {value}" for name, value in setting.items()))
@@ -78,9 +74,7 @@ def json_number(value: float) -> float | None:
 def wider_summary(result: WiderResult, by_scale: Mapping[int, WiderResult] | None = None) -> dict:
     """Figures for JSON: AP as fractions 0..1, null for a subset without faces or without ground truth."""
 
-    figures = {
-        name: json_number(result.curves[name].ap) if name in result.curves else None for name in _TITLES
-    }
+    figures = {name: json_number(result.curves[name].ap) if name in result.curves else None for name in _TITLES}
     figures |= {f"all@{scale}": json_number(r.curves["all"].ap) for scale, r in (by_scale or {}).items()}
     attributes = {
         attribute: {value: json_number(result.curves[f"{attribute}.{value}"].ap) for value in values}

@@ -28,9 +28,7 @@ def test_wider_face(data_dir, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "deep" / "figures.json").read_text())
-    expected = json.loads((data_dir / "expected_ap.json").read_text())[
-        "mini_wider/predictions_detector_a.zip"
-    ]
+    expected = json.loads((data_dir / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
     assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert 0 < figures["all"] < figures["all_valid"] < 1
     assert "94.19" in done.stdout and "130 of 130 images matched, 0 missing" in done.stdout
@@ -136,9 +134,7 @@ def test_errors_are_one_line_and_name_the_file(tmp_path):
 
 def test_wrong_predictions(data_dir, tmp_path):
     ground_truth = data_dir / "mini_wider" / "widerface" / "ground_truth"
-    one_line_error(
-        run("wider_face", "--predictions", tmp_path, "--ground-truth", ground_truth), tmp_path, ".txt"
-    )
+    one_line_error(run("wider_face", "--predictions", tmp_path, "--ground-truth", ground_truth), tmp_path, ".txt")
     with zipfile.ZipFile(data_dir / "mini_wider" / "predictions_detector_a.zip") as archive:
         name = next(n for n in archive.namelist() if n.endswith(".txt"))
     (tmp_path / name).parent.mkdir()

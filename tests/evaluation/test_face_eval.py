@@ -99,9 +99,7 @@ def random_case(seed):
     for i in range(8):
         count = rng.integers(0, 5)
         corners = rng.integers(0, 150, (count, 2))
-        boxes[f"i{i}"] = np.concatenate([corners, corners + rng.integers(20, 70, (count, 2))], axis=1).astype(
-            float
-        )
+        boxes[f"i{i}"] = np.concatenate([corners, corners + rng.integers(20, 70, (count, 2))], axis=1).astype(float)
         if count > 2:
             boxes[f"i{i}"][1] = boxes[f"i{i}"][0]  # a tie in IoU
         ignored[f"i{i}"] = rng.random(count) < 0.3
@@ -128,9 +126,7 @@ def test_against_the_literal_protocol(seed, y_shift):
 
 def test_refinement_recovers_a_constant_offset():
     rng = np.random.default_rng(0)
-    boxes = {
-        f"i{i}": np.array([[x, y, x + s, y + s]]) for i, (x, y, s) in enumerate(rng.uniform(40, 90, (20, 3)))
-    }
+    boxes = {f"i{i}": np.array([[x, y, x + s, y + s]]) for i, (x, y, s) in enumerate(rng.uniform(40, 90, (20, 3)))}
     annotations = FaceEvalAnnotations(boxes, {image: np.zeros(1, bool) for image in boxes})
     detections = {}
     for i, (image, box) in enumerate(boxes.items()):

@@ -86,9 +86,7 @@ def test_angle_turns_clockwise_on_the_screen():
     assert mask[22, 22] and not mask[8, 22]
 
 
-@pytest.mark.parametrize(
-    ("radii", "pixels"), [((0, 0), 1), ((0.9, 0.9), 1), ((1.9, 1.2), 5), ((-3, -3), None)]
-)
+@pytest.mark.parametrize(("radii", "pixels"), [((0, 0), 1), ((0.9, 0.9), 1), ((1.9, 1.2), 5), ((-3, -3), None)])
 def test_tiny_ellipses(radii, pixels):
     area = ellipse_spans(np.array([[*radii, 0.3, 10, 10]]), SIZE).areas[0]
     assert area == (pixels if pixels else ellipse_spans(np.array([[3, 3, 0.3, 10, 10]]), SIZE).areas[0])
@@ -96,9 +94,7 @@ def test_tiny_ellipses(radii, pixels):
 
 def test_iou_is_that_of_the_masks():
     rng = np.random.default_rng(1)
-    ellipses = np.concatenate(
-        [rng.uniform(0, 12, (6, 2)), rng.uniform(-2, 2, (6, 1)), rng.uniform(-3, 43, (6, 2))], 1
-    )
+    ellipses = np.concatenate([rng.uniform(0, 12, (6, 2)), rng.uniform(-2, 2, (6, 1)), rng.uniform(-3, 43, (6, 2))], 1)
     rectangles = np.concatenate([rng.uniform(-5, 40, (7, 2)), rng.uniform(0, 20, (7, 2))], axis=1)
     a, b = ellipse_spans(ellipses, SIZE), rectangle_spans(rectangles, SIZE)
     for i, j in itertools.product(range(6), range(7)):
@@ -286,9 +282,7 @@ def test_fitted_ellipses_raise_the_continuous_score(annotations, data_dir):
     path = data_dir / "fddb" / "results" / "fddb_mtcnn_lqy_result.txt"
     rectangles = fddb.read_detections(path)
     ellipses = {image: fddb.ellipses_from_rectangles(rows) for image, rows in rectangles.items()}
-    rates = [
-        fddb.evaluate_fddb(annotations, d).rate_at(1000, continuous=True) for d in (rectangles, ellipses)
-    ]
+    rates = [fddb.evaluate_fddb(annotations, d).rate_at(1000, continuous=True) for d in (rectangles, ellipses)]
     assert rates[1] > rates[0] + 0.02
 
 

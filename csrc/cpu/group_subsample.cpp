@@ -1,0 +1,120 @@
+#include <algorithm>
+
+#include "../math/philox.h"
+#include "instruction_set.h"
+#include "kernels.h"
+
+namespace gs_d2 {
+
+namespace {
+
+constexpr int64_t kChunk = 1024;
+
+inline __attribute__((always_inline)) void random_keys_body(uint64_t seed, uint32_t image_idx, uint32_t begin,
+                                                            int64_t count, uint32_t* keys) {
+  for (int64_t k = 0; k < count; ++k) keys[k] = random_key(draw_bits(seed, image_idx, begin + uint32_t(k)));
+}
+
+GS_MULTIVERSION(random_keys, (uint64_t seed, uint32_t image_idx, uint32_t begin, int64_t count, uint32_t* keys),
+                (seed, image_idx, begin, count, keys))
+
+inline __attribute__((always_inline)) void wrs_keys_body(uint64_t seed, uint32_t image_idx, uint32_t begin,
+                                                         const float* losses, int64_t count, uint32_t* keys) {
+  for (int64_t k = 0; k < count; ++k) keys[k] = wrs_key(draw_bits(seed, image_idx, begin + uint32_t(k)), losses[k]);
+}
+
+GS_MULTIVERSION(wrs_keys,
+                (uint64_t seed, uint32_t image_idx, uint32_t begin, const float* losses, int64_t count, uint32_t* keys),
+                (seed, image_idx, begin, losses, count, keys))
+
+inline __attribute__((always_inline)) void ohem_keys_body(const float* losses, int64_t count, uint32_t* keys) {
+  for (int64_t k = 0; k < count; ++k) keys[k] = ohem_key(losses[k]);
+}
+
+GS_MULTIVERSION(ohem_keys, (const float* losses, int64_t count, uint32_t* keys), (losses, count, keys))
+
+void sort_keys(const SubsampleProblem& p, int64_t begin, int64_t count, uint32_t* keys) {
+  switch (p.method) {
+    case SampleMethod::kRandom:
+      return random_keys(p.seed, p.image_idx, uint32_t(begin), count, keys);
+    case SampleMethod::kWrs:
+      return wrs_keys(p.seed, p.image_idx, uint32_t(begin), p.losses + begin, count, keys);
+    case SampleMethod::kOhem:
+      return ohem_keys(p.losses + begin, count, keys);
+  }
+}
+
+// Keeps the `capacity` smallest of the keys pushed into it.
+class SmallestKeys {
+ public:
+  explicit SmallestKeys(int64_t capacity) : capacity_(capacity), bound_(capacity > 0 ? ~uint64_t{0} : 0) {}
+
+  void push(uint64_t key) {
+    if (key >= bound_) return;
+    keys_.push_back(key);
+    if (int64_t(keys_.size()) >= 2 * capacity_ + 64) shrink();
+  }
+
+  std::vector<uint64_t> take() {
+    shrink();
+    return std::move(keys_);
+  }
+
+ private:
+  void shrink() {
+    if (int64_t(keys_.size()) <= capacity_) return;
+    std::nth_element(keys_.begin(), keys_.begin() + (capacity_ - 1), keys_.end());
+    keys_.resize(capacity_);
+    bound_ = keys_.back();  // the largest kept: nth_element put it last
+  }
+
+  int64_t capacity_;
+  uint64_t bound_;
+  std::vector<uint64_t> keys_;
+};
+
+}  // namespace
+
+Reservoirs cpu_subsample_collect(const SubsampleProblem& p, int64_t begin, int64_t end) {
+  std::vector<SmallestKeys> segments;
+  segments.reserve(2 * p.num_groups);
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    segments.emplace_back(p.quota.num_per_group);  // negatives may have to fill the whole group
+    segments.emplace_back(p.quota.max_positives);
+  }
+  uint32_t keys[kChunk];
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    const int64_t count = std::min(kChunk, end - chunk);
+    sort_keys(p, chunk, count, keys);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = chunk + k;
+      p.sampled_labels[i] = kIgnored;
+      const int8_t label = p.match_labels[i];
+      const int64_t group = p.group_idxs[i];
+      if ((label == kNegative || label == kPositive) && group >= 0 && group < p.num_groups) {
+        segments[2 * group + label].push(sort_key(keys[k], uint32_t(i)));
+      }
+    }
+  }
+  Reservoirs reservoirs;
+  reservoirs.reserve(segments.size());
+  for (SmallestKeys& segment : segments) reservoirs.push_back(segment.take());
+  return reservoirs;
+}
+
+void cpu_subsample_draw(const SubsampleProblem& p, Reservoirs& reservoirs) {
+  const auto draw = [&](std::vector<uint64_t>& candidates, int64_t wanted, int8_t label) {
+    const int64_t drawn = std::min(int64_t(candidates.size()), wanted);
+    if (drawn < int64_t(candidates.size())) {
+      std::nth_element(candidates.begin(), candidates.begin() + drawn, candidates.end());
+    }
+    for (int64_t k = 0; k < drawn; ++k) p.sampled_labels[uint32_t(candidates[k])] = label;
+    return drawn;
+  };
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    const int64_t num_positives = draw(reservoirs[2 * g + kPositive], p.quota.max_positives, kPositive);
+    draw(reservoirs[2 * g + kNegative], p.quota.num_per_group - num_positives, kNegative);
+  }
+}
+
+}  // namespace gs_d2

@@ -1,0 +1,39 @@
+// One body, compiled for several instruction sets and chosen at run time, so that a portable build is fast everywhere.
+//
+// Contraction into FMA is off for all of them, so they give the same bits; tests force each one in turn through the
+// environment variable GS_D2_CPU_CAPABILITY = baseline | avx2 | avx512 (read once, at first use).
+#pragma once
+
+namespace gs_d2 {
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+InstructionSet active_instruction_set();
+
+}  // namespace gs_d2
+
+// GS_MULTIVERSION(f, (int n, float* x), (n, x)) defines f(int, float*) from an always_inline function f_body.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(GS_D2_NO_MULTIVERSION)
+#define GS_MULTIVERSION(name, params, args)                                                                   \
+  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) static void name##_avx512 params {         \
+    name##_body args;                                                                                         \
+  }                                                                                                           \
+  __attribute__((target("arch=x86-64-v3"))) static void name##_avx2 params {                                   \
+    name##_body args;                                                                                         \
+  }                                                                                                           \
+  static void name params {                                                                                   \
+    switch (active_instruction_set()) {                                                                       \
+      case InstructionSet::kAvx512:                                                                           \
+        return name##_avx512 args;                                                                            \
+      case InstructionSet::kAvx2:                                                                             \
+        return name##_avx2 args;                                                                              \
+      case InstructionSet::kBaseline:                                                                         \
+        return name##_body args;                                                                              \
+    }                                                                                                         \
+  }
+#else
+#define GS_MULTIVERSION(name, params, args) \
+  static void name params {                 \
+    name##_body args;                       \
+  }
+#endif

@@ -1,0 +1,165 @@
+"""The three operators, on CPU and CUDA, for anyone with torch: no Detectron2 is imported and CUDA is not initialised.
+
+Shape shorthand: M ground-truth boxes, N anchors (or proposals), B images, G groups.
+
+Boxes are ``(x1, y1, x2, y2)`` in absolute pixels, ``x2 > x1`` and ``y2 > y1``, area without +1. A box that is empty,
+inverted, NaN, infinite or too large for a float32 area has IoU 0 with everything. Results are the same bits on
+every device, for any number of threads. All ops are non-differentiable, run in float32 under autocast, have shapes
+that do not depend on values, never synchronise with the host, and raise ``RuntimeError`` naming op, argument, need and
+value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from gs_d2 import _C  # noqa: F401  (registers torch.ops.gs_d2)
+except ImportError as error:
+    raise ImportError(
+        f"gs_d2's extension is not built or does not load ({error}). "
+        "Build it with: pip install --no-build-isolation -e . (in the gs_d2 folder, with torch installed)"
+    ) from error
+
+from gs_d2.ops import fake as _fake  # noqa: F401  (shapes for torch.compile, autograd and autocast)
+
+__all__ = ["TwoPassMatch", "box_iou", "group_subsample", "two_pass_match"]
+
+_SECOND_PASS = {"none": 0, "best": 1, "all": 2}
+_METHOD = {"random": 0, "wrs": 1, "ohem": 2}
+
+
+class TwoPassMatch(NamedTuple):
+    """Result of :func:`two_pass_match`; each field is [N], or [B, N] for a batch.
+
+    Attributes:
+        matched_idxs (int64): row of the ground truth with the highest IoU, the lowest on ties, 0 where M = 0. Counted
+            from the image's own first ground truth.
+        match_labels (int8): 1 positive, 0 negative, -1 ignored.
+        max_ious (float32): that highest IoU, in [0, 1].
+    """
+
+    matched_idxs: Tensor
+    match_labels: Tensor
+    max_ious: Tensor
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU of every pair of boxes.
+
+    Args:
+        boxes1 (Tensor[M, 4]), boxes2 (Tensor[N, 4]): floating point; computed in float32.
+
+    Returns:
+        float32 Tensor[M, N] in [0, 1]; ``M = 0`` or ``N = 0`` gives an empty matrix.
+    """
+    return torch.ops.gs_d2.box_iou.default(_float32(boxes1), _float32(boxes2))
+
+
+def two_pass_match(
+    gt_boxes: Tensor,
+    anchors: Tensor,
+    *,
+    low: float = 0.4,
+    high: float = 0.6,
+    second_pass: str = "best",
+    ignore_boxes: Tensor | None = None,
+    ignore_thresh: float = 0.5,
+    gt_offsets: Tensor | None = None,
+    ignore_offsets: Tensor | None = None,
+) -> TwoPassMatch:
+    """Labels anchors by two-pass matching (paper, eq. 1 and section 4.1) without an M x N matrix.
+
+    First pass: label 1 where an anchor's highest IoU is at least `high`, -1 where it is in [`low`, `high`), else 0.
+    Second pass, for each ground truth that no anchor of the first pass took: among the anchors labelled -1 whose best
+    ground truth it is, the one of highest IoU (lowest index on ties) becomes positive.
+
+    Args:
+        gt_boxes (Tensor[M, 4]): ground truth, of all images one after another if `gt_offsets` is given.
+        anchors (Tensor[N, 4]): shared by all images; or Tensor[B, N, 4], one set per image.
+        low, high (float): thresholds, 0 < low <= high <= 1.
+        second_pass: "best" as above; "all" makes every such anchor positive; "none" leaves the pass out.
+        ignore_boxes (Tensor[K, 4]): a label-0 anchor becomes -1 if at least `ignore_thresh`, in (0, 1], of its area
+            lies in one of these.
+        gt_offsets (int64 Tensor[B + 1]): image b owns gt_boxes[gt_offsets[b]:gt_offsets[b + 1]]; results are then
+            [B, N]. Must rise from 0 to M (an error on the CPU; clamped on the GPU, which cannot look without waiting).
+        ignore_offsets (int64 Tensor[B + 1]): the same for `ignore_boxes`; required with both.
+    """
+    return TwoPassMatch(
+        *torch.ops.gs_d2.two_pass_match.default(
+            _float32(gt_boxes),
+            _float32(anchors),
+            gt_offsets,
+            None if ignore_boxes is None else _float32(ignore_boxes),
+            ignore_offsets,
+            low,
+            high,
+            _choice("second_pass", second_pass, _SECOND_PASS),
+            ignore_thresh,
+        )
+    )
+
+
+def group_subsample(
+    match_labels: Tensor,
+    group_idxs: Tensor,
+    *,
+    num_groups: int,
+    num_per_group: int,
+    positive_fraction: float = 0.25,
+    method: str = "random",
+    losses: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_image: int = 0,
+) -> Tensor:
+    """Draws the same number of samples from every group (paper, section 4.2).
+
+    In each group K+ = min(#positives, floor(num_per_group * positive_fraction)) positives and
+    K- = min(#negatives, num_per_group - K+) negatives are drawn without replacement.
+
+    Args:
+        match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative, anything else is never drawn.
+        group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; outside [0, num_groups) it is never drawn.
+        num_groups (int): G, in [1, 1024].
+        num_per_group (int): samples per group and image, in [0, 2^31).
+        positive_fraction (float): largest share of positives, in [0, 1].
+        method: "random" uniform; "wrs" weighted reservoir sampling, the K largest r^(1 / (l + 1e-6)) of eq. 3;
+            "ohem" the K of highest loss, the lowest index on ties.
+        losses (float Tensor, shape of match_labels): for "wrs" and "ohem" only, clamped to [0, 1e6], NaN is 0.
+        seed: int64, as an int or a 0-dim tensor on the inputs' device; None draws one from torch's default CPU
+            generator. The draw of an anchor depends on nothing but seed, image and index.
+        first_image (int): image number of row 0; image b of a batch draws as ``first_image=b`` does alone.
+
+    Returns:
+        int8 Tensor of match_labels' shape: 1 or 0 where drawn, -1 elsewhere.
+    """
+    if seed is None:
+        seed = torch.empty((), dtype=torch.int64).random_().to(match_labels.device)
+    is_tensor = isinstance(seed, Tensor)
+    if not is_tensor and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit int64, got {seed}")
+    return torch.ops.gs_d2.group_subsample.default(
+        match_labels,
+        group_idxs,
+        None if losses is None else _float32(losses.detach()),
+        seed if is_tensor else None,
+        0 if is_tensor else seed,
+        first_image,
+        num_groups,
+        num_per_group,
+        positive_fraction,
+        _choice("method", method, _METHOD),
+    )
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _choice(name: str, value: str, choices: dict[str, int]) -> int:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[value]
