@@ -10,6 +10,9 @@ import os
 import sys
 
 import torch
+
+from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader

@@ -120,14 +120,22 @@ RULES = {
         never=(r"\btorch\b", r"\bexit\s*\("),
     ),
     "csrc/ops for CUDA": Rule(
-        files=("csrc/ops/*_cuda.cpp",),
-        may=("csrc/ops/*.h", "csrc/cuda/kernels.h", "csrc/math/*.h", "<torch/csrc/stable/*>", "<torch/headeronly/*>"),
+        files=("csrc/ops/*_cuda.cpp", "csrc/ops/cuda_*.h"),
+        may=(
+            "csrc/ops/check.h",
+            "csrc/ops/cuda_*.h",
+            "csrc/cuda/kernels.h",
+            "csrc/math/*.h",
+            "<cuda_runtime.h>",
+            "<torch/csrc/stable/*>",
+            "<torch/headeronly/*>",
+        ),
         never=(r"<<<",),
     ),
     "csrc/ops": Rule(
         files=("csrc/ops/*",),
         may=(
-            "csrc/ops/*.h",
+            "csrc/ops/check.h",
             "csrc/cpu/kernels.h",
             "csrc/math/*.h",
             "<Python.h>",
@@ -203,6 +211,7 @@ VIOLATIONS = [
     ("csrc/ops for CUDA", "csrc/ops/x_cuda.cpp", "kernel<<<1, 2>>>();", "<<<"),
     ("csrc/ops", "csrc/ops/x_cpu.cpp", '#include "../cuda/kernels.h"', "csrc/cuda/kernels.h"),
     ("csrc/ops", "csrc/ops/check.h", '#include "../cuda/kernels.h"', "csrc/cuda/kernels.h"),
+    ("csrc/ops", "csrc/ops/x_cpu.cpp", '#include "cuda_launch.h"', "csrc/ops/cuda_launch.h"),
     ("csrc/ops", "csrc/ops/x_cpu.cpp", "#include <ATen/ATen.h>", "<ATen/ATen.h>"),
     ("csrc/ops", "csrc/ops/library.cpp", "kernel<<<1, 2>>>();", "<<<"),
 ]
