@@ -1,7 +1,7 @@
 """Which part may use which: the import table of the project, enforced by parsing every source file.
 
-Python imports are found anywhere in a file, inside functions too; C++ includes by their text. Each rule is shown to catch
-a violation in `VIOLATIONS`.
+Python imports are found anywhere in a file, inside functions too; C++ includes by their text. Each rule is shown to
+catch a violation in `VIOLATIONS`.
 """
 
 import ast
@@ -220,7 +220,10 @@ VIOLATIONS = [
 ALLOWED = [
     ("gs_d2/ops/x.py", '"""Not import detectron2."""\nimport math, torch.library\nfrom . import fake'),
     ("gs_d2/ops/__init__.py", "from gs_d2.ops import reference"),
-    ("gs_d2/modeling/rpn.py", "class A:\n    @classmethod\n    def from_config(cls, cfg, shape):\n        x = cfg.MODEL"),
+    (
+        "gs_d2/modeling/rpn.py",
+        "class A:\n    @classmethod\n    def from_config(cls, cfg, shape):\n        x = cfg.MODEL",
+    ),
     ("gs_d2/modeling/backbone.py", "@BACKBONE_REGISTRY.register()\ndef build_x(cfg, shape):\n    return cfg.MODEL"),
     ("gs_d2/modeling/rpn.py", "from gs_d2 import ops  # not torch.ops.gs_d2\nops.box_iou(a, b)"),
     ("gs_d2/config.py", "def check_config(cfg):\n    return cfg.MODEL"),

@@ -90,7 +90,9 @@ def test_an_image_of_count_0_may_have_a_dummy_row(load):
 
 def test_boxes_without_area_are_kept_and_ignored(load):
     """They count in the evaluation, as in the official tool; no anchor may learn from them."""
-    (record,) = load("e/a.jpg\n4\n1 2 0 5 0 0 0 0 0 0\n1 2 5 0 0 0 0 0 0 0\n9 9 -2 23 0 0 0 0 0 0\n1 1 1 1 0 0 0 0 0 0\n")
+    (record,) = load(
+        "e/a.jpg\n4\n1 2 0 5 0 0 0 0 0 0\n1 2 5 0 0 0 0 0 0 0\n9 9 -2 23 0 0 0 0 0 0\n1 1 1 1 0 0 0 0 0 0\n"
+    )
     check_records([record])
     assert record["gt_boxes"].tolist() == [[1, 2, 1, 7], [1, 2, 6, 2], [9, 9, 7, 32], [1, 1, 2, 2]]
     assert record["gt_ignore"].tolist() == [True, True, True, False]
@@ -294,7 +296,7 @@ def test_registration_touches_no_file(catalogs, monkeypatch):
         "image_root": "/nowhere/at/all/widerface/WIDER_val/images",
         "ground_truth_dir": "/nowhere/at/all/widerface/ground_truth",
     }
-    with pytest.raises(FileNotFoundError, match="wider_face_train_bbx_gt.txt"):
+    with pytest.raises(FileNotFoundError, match=r"wider_face_train_bbx_gt\.txt"):
         datasets["wider_face_train"]()
 
 
