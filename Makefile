@@ -21,9 +21,10 @@ test: $(VENV)/.built ## the test suite (a few minutes on two cores)
 test-slow: $(VENV)/.built ## the tests that take longer
 	$(PY) -m pytest -q -m slow
 
-lint: $(VENV)/.built ## ruff over everything
+lint: $(VENV)/.installed ## ruff and clang-format over everything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
 
 clean: ## remove what was built, .venv included
 	rm -rf $(VENV) build gs_d2.egg-info gs_d2/*.so output
@@ -36,7 +37,8 @@ $(VENV)/.created: tools/preflight.py
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created constraints.txt tools/install_detectron2.py
-	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm pytest hypothesis ruff
+	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm \
+		pytest hypothesis ruff clang-format
 	@$(PY) tools/install_detectron2.py
 	@touch $@
 

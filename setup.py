@@ -25,10 +25,7 @@ def extension():
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        sys.exit(
-            "gs_d2's build needs torch: pip install torch torchvision, then\n"
-            "pip install --no-build-isolation ."
-        )
+        sys.exit("gs_d2's build needs torch: pip install torch torchvision, then\npip install --no-build-isolation .")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
@@ -36,7 +33,7 @@ def extension():
             "(Debian and Ubuntu: apt-get install g++) or point CXX at it"
         )
 
-    sources = sorted(glob.glob("csrc/cpu/*.cpp") + ["csrc/ops/library.cpp"] + glob.glob("csrc/ops/*_cpu.cpp"))
+    sources = sorted([*glob.glob("csrc/cpu/*.cpp"), "csrc/ops/library.cpp", *glob.glob("csrc/ops/*_cpu.cpp")])
     depends = sorted(glob.glob("csrc/**/*.h", recursive=True))
     # One rounding per operation: labels and draws must not depend on the compiler or the device.
     cxx_flags = [

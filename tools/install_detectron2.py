@@ -109,9 +109,7 @@ def install_from_index():
         )  # fmt: skip
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(
-                folder
-            )
+            tar.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(folder)
         (source,) = (path for path in folder.iterdir() if path.is_dir())
         mend(source)
         build = [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build"]
@@ -134,12 +132,8 @@ def mend(source: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--route", choices=["auto", "official", "index"], default="auto", help="insist on one way"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--route", choices=["auto", "official", "index"], default="auto", help="insist on one way")
     route = parser.parse_args().route
     try:
         metadata.version("torch")

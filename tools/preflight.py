@@ -11,9 +11,8 @@ MIN_PYTHON = (3, 10)
 
 def main():
     if sys.version_info < MIN_PYTHON:
-        return (
-            "gs_d2 needs Python %d.%d or newer, and %s is %d.%d. Name another: make PYTHON=python3.11 ..."
-            % (MIN_PYTHON + (sys.executable,) + tuple(sys.version_info[:2]))
+        return "gs_d2 needs Python %d.%d or newer, and %s is %d.%d. Name another: make PYTHON=python3.11 ..." % (
+            MIN_PYTHON + (sys.executable,) + tuple(sys.version_info[:2])
         )
     import shutil
 

@@ -13,9 +13,7 @@ import numpy as np
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", help="metrics.json of a run")
     parser.add_argument("--output", required=True, help="picture to write (.png)")
     args = parser.parse_args()
@@ -41,9 +39,7 @@ def read_counts(metrics_file: Path) -> dict[str, dict[float, float]]:
                 name, scale = key.removeprefix("groups/").split("@")
                 values[name][float(scale)].append(value)
     if "pos_sampled" not in values:
-        raise ValueError(
-            f"{metrics_file}: no group statistics; is it the metrics.json of a training run of gs_d2?"
-        )
+        raise ValueError(f"{metrics_file}: no group statistics; is it the metrics.json of a training run of gs_d2?")
     return {name: {s: float(np.mean(v)) for s, v in sorted(by.items())} for name, by in values.items()}
 
 

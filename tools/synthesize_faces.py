@@ -1,7 +1,7 @@
 """Draws a small data set in WIDER FACE's layout: faces of 8 to 160 px on clutter, with things that look like faces.
 
-Everything is drawn from one seed, so the same command gives the same files. For demos and tests; a detector trained on it
-knows drawings, not people.
+Everything is drawn from one seed, so the same command gives the same files. For demos and tests; a detector trained on
+it knows drawings, not people.
 """
 
 import argparse
@@ -20,9 +20,7 @@ SUBSET_MIN_HEIGHT = {"easy": 48, "medium": 24, "hard": 10}  # nested, as WIDER F
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", required=True, help="folder that receives widerface/ (use it as DETECTRON2_DATASETS)"
     )
@@ -60,9 +58,10 @@ def draw_scene(rng, size, crowded):
     canvas = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), random_colour(rng))
     draw_clutter(rng, canvas)
     occupied, boxes = [], []
-    num_faces = int(rng.integers(6, 22)) if crowded else int(rng.integers(1, 7))
-    kinds = ["face"] * num_faces + ["distractor"] * int(rng.integers(3, 9))
-    scales = np.exp(rng.uniform(math.log(MIN_SCALE), math.log(MAX_SCALE), len(kinds)))
+    num_faces = int(rng.integers(15, 50)) if crowded else int(rng.integers(2, 8))
+    kinds = ["face"] * num_faces + ["distractor"] * (4 + num_faces // 3)
+    low, high = (MIN_SCALE, 64) if crowded else (24, MAX_SCALE)
+    scales = np.exp(rng.uniform(math.log(low), math.log(high), len(kinds)))
     # Large ones first: small ones then find the room that is left.
     for scale, kind in sorted(zip(scales, rng.permutation(kinds), strict=True), reverse=True):
         aspect = rng.uniform(1.1, 1.4)
@@ -135,8 +134,7 @@ def draw_face(rng, canvas, x, y, w, h):
 
     def box(cx, cy, rx, ry):  # centre and radii as shares of the face -> pixels of the canvas
         return tuple(
-            SUPERSAMPLING * v
-            for v in (x + w * (cx - rx), y + h * (cy - ry), x + w * (cx + rx), y + h * (cy + ry))
+            SUPERSAMPLING * v for v in (x + w * (cx - rx), y + h * (cy - ry), x + w * (cx + rx), y + h * (cy + ry))
         )
 
     draw.ellipse(box(0.5, 0.5, 0.5, 0.5), fill=skin)
@@ -173,8 +171,7 @@ def draw_distractor(rng, canvas, x, y, w, h):
 
     def box(cx, cy, rx, ry):
         return tuple(
-            SUPERSAMPLING * v
-            for v in (x + w * (cx - rx), y + h * (cy - ry), x + w * (cx + rx), y + h * (cy + ry))
+            SUPERSAMPLING * v for v in (x + w * (cx - rx), y + h * (cy - ry), x + w * (cx + rx), y + h * (cy + ry))
         )
 
     kind = rng.integers(4)
@@ -215,14 +212,11 @@ def write_ground_truth(folder, annotations):
     common = {
         "event_list": cells(annotations),
         "file_list": cells(cells(name[:-4] for name, _ in images) for images in annotations.values()),
-        "face_bbx_list": cells(
-            cells(boxes.astype(float) for _, boxes in images) for images in annotations.values()
-        ),
+        "face_bbx_list": cells(cells(boxes.astype(float) for _, boxes in images) for images in annotations.values()),
     }
     labels = {
         f"{key}_label_list": cells(
-            cells(np.zeros((len(boxes), 1), np.uint8) for _, boxes in images)
-            for images in annotations.values()
+            cells(np.zeros((len(boxes), 1), np.uint8) for _, boxes in images) for images in annotations.values()
         )
         for key in ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
     }

@@ -21,9 +21,7 @@ HIT, MISS, FALSE_ALARM, IGNORED = (60, 220, 80), (255, 60, 60), (255, 170, 0), (
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="wider_face_val")
     parser.add_argument("--predictions", required=True, help="folder or zip of WIDER FACE result files")
     parser.add_argument("--output", required=True, help="folder for the pictures")
@@ -50,9 +48,7 @@ def visualize(dataset, predictions, output, score_thresh, num_images):
         image = Image.open(record["file_name"]).convert("RGB")
         found, hits = match(record["gt_boxes"], boxes)
         colours = np.where(record["gt_ignore"], "ignored", np.where(found, "hit", "miss"))
-        left = draw(
-            image, record["gt_boxes"], [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours]
-        )
+        left = draw(image, record["gt_boxes"], [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours])
         right = draw(image, boxes, [HIT if hit else FALSE_ALARM for hit in hits], rows[:, 4])
         num_faces = int((~record["gt_ignore"]).sum())
         num_found = int((found & ~record["gt_ignore"]).sum())
@@ -60,7 +56,7 @@ def visualize(dataset, predictions, output, score_thresh, num_images):
             left,
             right,
             f"ground truth: {num_found} of {num_faces} faces found (green), {num_faces - num_found} missed (red)",
-            f"detections with score >= {score_thresh:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false (orange)",
+            f"score >= {score_thresh:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false alarms (orange)",
         )
         picture.save(output / f"{os.path.basename(record['image_id'])}.jpg", quality=92)
 

@@ -59,9 +59,7 @@ class FaceDatasetMapper:
             dict: the input's file_name and image_id, with height and width of the file; image (uint8 Tensor[3, H, W]);
             in training also instances (gt_boxes, gt_classes all 0) and ignore_boxes (Boxes), in pixels of `image`.
         """
-        result = {
-            key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict
-        }
+        result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         result["height"], result["width"] = image.shape[:2]
         aug_input = T.AugInput(image)

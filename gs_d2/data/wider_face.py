@@ -85,9 +85,7 @@ def _is_image_name(line: str) -> bool:
 def _check_image_name(name, list_file, line_number):
     path = PurePosixPath(name)
     if len(path.parts) != 2 or path.is_absolute() or ".." in path.parts:
-        raise ValueError(
-            f"{list_file}:{line_number}: expected an image path like event/name.jpg, got {name!r}"
-        )
+        raise ValueError(f"{list_file}:{line_number}: expected an image path like event/name.jpg, got {name!r}")
 
 
 def _read_rows(lines, at, list_file):

@@ -91,9 +91,7 @@ def plot_pr_curves(
         drawn = [(curves[subset].ap, name) for name, curves in methods.items() if subset in curves]
         for ap, name in sorted(drawn, key=lambda item: (-np.nan_to_num(item[0]), item[1])):
             curve = methods[name][subset]
-            axis.plot(
-                curve.recall, curve.precision, color=colors[name], label=f"{name}-{ap:.3f}", linewidth=1.8
-            )
+            axis.plot(curve.recall, curve.precision, color=colors[name], label=f"{name}-{ap:.3f}", linewidth=1.8)
         axis.set(title=title, xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1))
         axis.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)
@@ -119,9 +117,7 @@ def plot_roc_curves(
         for name, curves in methods.items():
             if title in curves:
                 axis.plot(*curves[title], color=colors[name], label=name, linewidth=1.8)
-        axis.set(
-            title=title, xlabel="False positives", ylabel="True positive rate", xlim=(0, max_fp), ylim=(0, 1)
-        )
+        axis.set(title=title, xlabel="False positives", ylabel="True positive rate", xlim=(0, max_fp), ylim=(0, 1))
         axis.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=150)
 

@@ -54,18 +54,14 @@ class FileTree:
             self._zip = zipfile.ZipFile(self.path)
             self.names = sorted(self._checked_members())
         elif self.path.suffix.lower() == ".zip":
-            raise ValueError(
-                f"{self.path}: not a readable zip file; make it again or give the folder instead"
-            )
+            raise ValueError(f"{self.path}: not a readable zip file; make it again or give the folder instead")
         else:
             self.names = [self.path.name]
 
     def _checked_members(self) -> Iterable[str]:
         infos = self._zip.infolist()
         if len(infos) > _MAX_ENTRIES:
-            raise ValueError(
-                f"{self.path}: {len(infos)} entries, more than {_MAX_ENTRIES}: not a prediction set"
-            )
+            raise ValueError(f"{self.path}: {len(infos)} entries, more than {_MAX_ENTRIES}: not a prediction set")
         self._members, total = {}, 0
         for info in infos:
             name = info.filename.replace("\\", "/")
@@ -194,9 +190,7 @@ def parse_wider_file(text: str, where: str) -> np.ndarray:
     count = parse_count(lines[1], where, 2)
     rows = parse_rows(lines[2:], 3, 5, where)
     if len(rows) != count:
-        raise ValueError(
-            f"{where}, line 2: says {count} detections but {len(rows)} follow: was the file cut short?"
-        )
+        raise ValueError(f"{where}, line 2: says {count} detections but {len(rows)} follow: was the file cut short?")
     return rows
 
 

@@ -37,20 +37,18 @@ def format_wider_table(
     names = [name for name in (*OFFICIAL_SUBSETS, "all", "all_valid") if name in result.curves]
     rows = [[_TITLES[name], percent(result.curves[name].ap), str(result.num_faces[name])] for name in names]
     for scale, scale_result in (by_scale or {}).items():
-        rows.append(
-            [f"All @{scale}", percent(scale_result.curves["all"].ap), str(scale_result.num_faces["all"])]
-        )
+        rows.append([f"All @{scale}", percent(scale_result.curves["all"].ap), str(scale_result.num_faces["all"])])
     for attribute, values in ATTRIBUTES.items():
         for value in values:
             name = f"{attribute}.{value}"
             if name in result.curves:
-                rows.append(
-                    [f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])]
-                )
+                rows.append([f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])])
     lines = [format_table(["subset", "AP", "faces"], rows)]
     if setting:
         lines.append("setting: " + ", ".join(f"{name} {value}" for name, value in setting.items()))
     lines.append(score_note(result.num_detections, result.score_range))
+    if result.num_detections and result.score_range[0] == result.score_range[1]:
+        lines.append("WARNING: all scores are equal: the protocol's normalisation of scores gives AP 0")
     return "\n".join(lines)
 
 
@@ -60,9 +58,7 @@ def score_note(num_detections: int, score_range: tuple[float, float]) -> str:
         return "WARNING: no detections at all"
     lowest, highest = score_range
     note = f"{num_detections} detections, scores {lowest:.6g} to {highest:.6g}"
-    if lowest == highest:
-        note += "\nWARNING: all scores are equal: the protocol's normalisation of scores gives AP 0"
-    elif lowest > _HIGH_LOWEST_SCORE:
+    if lowest > _HIGH_LOWEST_SCORE:
         note += (
             f"\nWARNING: no score is below {_HIGH_LOWEST_SCORE}: a high score threshold in testing lowers "
             "the AP, use 0.01 or less"
@@ -70,16 +66,20 @@ def score_note(num_detections: int, score_range: tuple[float, float]) -> str:
     return note
 
 
+def json_number(value: float) -> float | None:
+    """JSON has no NaN: null stands for it."""
+    return None if math.isnan(value) else float(value)
+
+
 def wider_summary(result: WiderResult, by_scale: Mapping[int, WiderResult] | None = None) -> dict:
     """Figures for JSON: AP as fractions 0..1, null for a subset without faces or without ground truth."""
 
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    figures = {name: number(result.curves[name].ap) if name in result.curves else None for name in _TITLES}
-    figures |= {f"all@{scale}": number(r.curves["all"].ap) for scale, r in (by_scale or {}).items()}
+    figures = {
+        name: json_number(result.curves[name].ap) if name in result.curves else None for name in _TITLES
+    }
+    figures |= {f"all@{scale}": json_number(r.curves["all"].ap) for scale, r in (by_scale or {}).items()}
     attributes = {
-        attribute: {value: number(result.curves[f"{attribute}.{value}"].ap) for value in values}
+        attribute: {value: json_number(result.curves[f"{attribute}.{value}"].ap) for value in values}
         for attribute, values in ATTRIBUTES.items()
         if f"{attribute}.{values[0]}" in result.curves
     }
@@ -88,5 +88,5 @@ def wider_summary(result: WiderResult, by_scale: Mapping[int, WiderResult] | Non
         "attributes": attributes,
         "num_faces": result.num_faces,
         "num_detections": result.num_detections,
-        "score_range": [number(score) for score in result.score_range],
+        "score_range": [json_number(score) for score in result.score_range],
     }

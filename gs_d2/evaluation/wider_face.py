@@ -127,9 +127,7 @@ class WiderGroundTruth:
                 attributes = [{name: labels[name][i] for name in labels} for i in range(len(boxes))]
                 ground_truth = cls.from_boxes(image_ids, boxes, attributes)
             except (KeyError, IndexError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"{where}: not of the layout of WIDER FACE's own file ({error!r})"
-                ) from error
+                raise ValueError(f"{where}: not of the layout of WIDER FACE's own file ({error!r})") from error
             subsets = {}
             for name in OFFICIAL_SUBSETS:
                 subset = _load_mat(tree, f"wider_{name}_val.mat")
@@ -175,16 +173,12 @@ def _subset_mask(where: str, mat: dict, ground_truth: WiderGroundTruth) -> np.nd
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{where}: not of the layout of WIDER FACE's own file ({error!r})") from error
     if image_ids != ground_truth.image_ids:
-        raise ValueError(
-            f"{where}: lists other images than wider_face_val.mat; take all four from one source"
-        )
+        raise ValueError(f"{where}: lists other images than wider_face_val.mat; take all four from one source")
     for i, indices in enumerate(kept):
         first, end = ground_truth.offsets[i : i + 2]
         indices = indices.reshape(-1).astype(np.int64)
         if len(indices) and not (1 <= indices.min() and indices.max() <= end - first):
-            raise ValueError(
-                f"{where}: {image_ids[i]} has no box {indices.max()}; take all four from one source"
-            )
+            raise ValueError(f"{where}: {image_ids[i]} has no box {indices.max()}; take all four from one source")
         mask[first + indices - 1] = True
     return mask
 
@@ -282,9 +276,7 @@ def _threshold_bins(scores: np.ndarray, lowest: float, highest: float) -> np.nda
     """Steps 2 and 6: which of the T thresholds 1 - t / T each score (N,) passes first, from 0; T for none."""
     limits = np.finfo(np.float32)
     lowest = min(lowest, float(limits.max))
-    highest = max(
-        highest, float(limits.tiny)
-    )  # the tool's running maximum starts there: matters if all are <= 0
+    highest = max(highest, float(limits.tiny))  # the tool's running maximum starts there: matters if all are <= 0
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         normalized = (scores - lowest) / (highest - lowest)
     thresholds = 1 - np.arange(1, _NUM_THRESHOLDS + 1) / _NUM_THRESHOLDS

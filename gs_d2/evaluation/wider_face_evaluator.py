@@ -110,9 +110,7 @@ class WiderFaceEvaluator(DatasetEvaluator):
 
         summary = wider_summary(result, by_scale)
         summary |= {"num_images": len(known), "num_missing": len(missing), "setting": self._setting}
-        _logger.info(
-            f"WIDER FACE AP of {self._dataset_name}\n" + format_wider_table(result, by_scale, self._setting)
-        )
+        _logger.info(f"WIDER FACE AP of {self._dataset_name}\n" + format_wider_table(result, by_scale, self._setting))
         if self._output_dir is not None:
             self._write(detections, result, summary)
         names = [name for name in (*OFFICIAL_SUBSETS, "all", "all_valid") if name in result.curves]

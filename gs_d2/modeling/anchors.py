@@ -1,9 +1,10 @@
 """Anchors on one or several feature maps, each scale with its own stride, and the layout that follows from it.
 
-Shape shorthand: A anchors per cell of a feature map, C channels per anchor, R anchors of an image over all feature maps.
+Shape shorthand: A anchors per cell of a feature map, C channels per anchor, R anchors of an image over all maps.
 
-The R anchors of an image are ordered by feature map, then by stride (ascending), then by row, column and anchor. With one
-stride per map, the usual case, that is Detectron2's own (Hi, Wi, A) order. Predictions, anchors and groups all use it.
+The R anchors of an image are ordered by feature map, then by stride (ascending), then by row, column and anchor. With
+one stride per map, the usual case, that is Detectron2's own (Hi, Wi, A) order. Predictions, anchors and groups all use
+it.
 """
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 class ScaleStrideAnchorGenerator(nn.Module):
     """Tiles anchors with a stride per scale; a stride coarser than the feature map sub-samples the map.
 
-    FPN puts one scale on each of P2..P5; FPN-finest all scales on P2 at stride 4; FPN-finest-stride all on P2 at strides
-    4, 8, 16, 32 (paper, Fig. 1 and Table 1).
+    FPN puts one scale on each of P2..P5; FPN-finest all scales on P2 at stride 4; FPN-finest-stride all on P2 at
+    strides 4, 8, 16, 32 (paper, Fig. 1 and Table 1).
     """
 
     box_dim: int = 4
@@ -52,9 +53,7 @@ class ScaleStrideAnchorGenerator(nn.Module):
             feature_strides, sizes, aspect_ratios, anchor_strides, strict=True
         ):
             if len(strides) != len(map_sizes) or sorted(strides) != list(strides):
-                raise ValueError(
-                    f"anchor_strides must rise, one for each of sizes {map_sizes}, got {strides}"
-                )
+                raise ValueError(f"anchor_strides must rise, one for each of sizes {map_sizes}, got {strides}")
             if any(stride % feature_stride for stride in strides):
                 raise ValueError(
                     f"anchor_strides must be multiples of the map's stride {feature_stride}, got {strides}"
@@ -66,9 +65,7 @@ class ScaleStrideAnchorGenerator(nn.Module):
                 last = first + strides.count(stride) * per_size
                 grids.append((stride, stride // feature_stride, first, last))
             self._grids.append(grids)
-            self._cells.append(
-                DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float()
-            )
+            self._cells.append(DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float())
         self.scales = sorted({float(size) for map_sizes in sizes for size in map_sizes})
         """The distinct anchor scales, ascending, in pixels."""
 

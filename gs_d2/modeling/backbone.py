@@ -1,5 +1,7 @@
 """ResNet with a top-down path: the paper's feature maps P2..P5 (Fig. 3)."""
 
+from itertools import pairwise
+
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -23,10 +25,8 @@ class TopDown(Backbone):
         super().__init__()
         shapes = bottom_up.output_shape()
         strides = [shapes[name].stride for name in in_features]
-        if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False)):
-            raise ValueError(
-                f"in_features must double in stride from one to the next, got {strides} of {in_features}"
-            )
+        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+            raise ValueError(f"in_features must double in stride from one to the next, got {strides} of {in_features}")
         self.bottom_up = bottom_up
         self.in_features = tuple(in_features)
         self._size_divisibility = strides[-1]
@@ -64,9 +64,7 @@ class TopDown(Backbone):
         ):
             lateral = getattr(self, lateral_name)(bottom_up[name])
             if top_down is not None:
-                lateral = lateral + F.interpolate(
-                    top_down, scale_factor=2, mode="bilinear", align_corners=False
-                )
+                lateral = lateral + F.interpolate(top_down, scale_factor=2, mode="bilinear", align_corners=False)
             outputs[out_name] = top_down = lateral
         return outputs
 

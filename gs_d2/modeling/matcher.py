@@ -19,9 +19,7 @@ class TwoPassMatcher:
 
     def __init__(self, thresholds, labels=(0, -1, 1), *, second_pass="best", ignore_thresh=0.5):
         if len(thresholds) != 2 or not 0 < thresholds[0] <= thresholds[1] <= 1:
-            raise ValueError(
-                f"thresholds must be [low, high] with 0 < low <= high <= 1, got {list(thresholds)}"
-            )
+            raise ValueError(f"thresholds must be [low, high] with 0 < low <= high <= 1, got {list(thresholds)}")
         if list(labels) != [0, -1, 1]:
             raise ValueError(f"labels must be [0, -1, 1], got {list(labels)}")
         if second_pass not in ("best", "all", "none"):

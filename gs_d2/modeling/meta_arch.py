@@ -72,9 +72,7 @@ class RPNDetector(nn.Module):
             ignore_boxes = None
             if "ignore_boxes" in batched_inputs[0]:
                 ignore_boxes = [x["ignore_boxes"].to(self.device) for x in batched_inputs]
-            _, losses = self.proposal_generator(
-                images, features, gt_instances, ignore_boxes, with_proposals=False
-            )
+            _, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes, with_proposals=False)
             return losses
 
         proposals, _ = self.proposal_generator(images, features)

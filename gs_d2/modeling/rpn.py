@@ -151,9 +151,7 @@ class GroupSamplingRPN(torch.nn.Module):
         if self.training:
             assert gt_instances is not None, "GroupSamplingRPN needs gt_instances in training"
             losses = self.losses(anchors, logits, deltas, [x.gt_boxes for x in gt_instances], ignore_boxes)
-        proposals = (
-            self.predict_proposals(anchors, logits, deltas, images.image_sizes) if with_proposals else []
-        )
+        proposals = self.predict_proposals(anchors, logits, deltas, images.image_sizes) if with_proposals else []
         return proposals, losses
 
     @torch.no_grad()
@@ -174,9 +172,7 @@ class GroupSamplingRPN(torch.nn.Module):
         ignores = {}
         if ignore_boxes is not None:
             ignores["ignore_boxes"], ignores["ignore_offsets"] = _concatenate(ignore_boxes, anchors)
-        matched_idxs, match_labels, _ = self.anchor_matcher.match(
-            all_gts, anchors, gt_offsets=gt_offsets, **ignores
-        )
+        matched_idxs, match_labels, _ = self.anchor_matcher.match(all_gts, anchors, gt_offsets=gt_offsets, **ignores)
         return match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1))
 
     def losses(
@@ -262,14 +258,14 @@ class GroupSamplingRPN(torch.nn.Module):
         objectness = pred_logits[..., 1] - pred_logits[..., 0]
         min_logit = _logit(self.score_thresh_test) if not self.training else -float("inf")
         results = []
-        for scores, deltas, image_size in zip(
-            objectness.detach(), pred_deltas.detach(), image_sizes, strict=True
-        ):
+        for scores, deltas, image_size in zip(objectness.detach(), pred_deltas.detach(), image_sizes, strict=True):
+            # What a diverged model predicts is dropped here; in training its loss stops the run.
+            scores = scores.nan_to_num(nan=-float("inf"))
             scores, idxs = scores.topk(min(self.pre_nms_topk[self.training], len(scores)))
-            # An infinite prediction is a diverged model: training stops on its loss, test drops it.
-            boxes = Boxes(self.box2box_transform.apply_deltas(deltas[idxs], anchors[idxs]))
+            boxes = self.box2box_transform.apply_deltas(deltas[idxs], anchors[idxs])
+            finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
+            boxes = Boxes(torch.where(finite[:, None], boxes, torch.zeros_like(boxes)))
             boxes.clip(image_size)
-            finite = torch.isfinite(boxes.tensor).all(dim=1) & torch.isfinite(scores)
             keep = finite & boxes.nonempty(self.min_box_size) & (scores >= min_logit)
             boxes, scores, idxs = boxes[keep], scores[keep], idxs[keep]
             keep = nms(boxes.tensor, scores, self.nms_thresh)[: self.post_nms_topk[self.training]]

@@ -45,9 +45,7 @@ class GroupSampler:
         """The most positives that can be drawn from one image."""
         return self.num_groups * int(self.num_per_group * self.positive_fraction)
 
-    def __call__(
-        self, match_labels: Tensor, group_idxs: Tensor, losses: Tensor | None = None, seed=None
-    ) -> Tensor:
+    def __call__(self, match_labels: Tensor, group_idxs: Tensor, losses: Tensor | None = None, seed=None) -> Tensor:
         """Samples anchors.
 
         Args:

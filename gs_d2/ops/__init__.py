@@ -3,9 +3,10 @@
 Shape shorthand: M ground-truth boxes, N anchors (or proposals), B images, G groups.
 
 Boxes are ``(x1, y1, x2, y2)`` in absolute pixels, ``x2 > x1`` and ``y2 > y1``, area without +1. A box that is empty,
-inverted, NaN, infinite or too large for a float32 area has IoU 0 with everything. Results are the same bits on every
-device, for any number of threads. All ops are non-differentiable, run in float32 under autocast, have shapes that do not
-depend on values, never synchronise with the host, and raise ``RuntimeError`` naming op, argument, need and value.
+inverted, NaN, infinite or too large for a float32 area has IoU 0 with everything. Results are the same bits on
+every device, for any number of threads. All ops are non-differentiable, run in float32 under autocast, have shapes
+that do not depend on values, never synchronise with the host, and raise ``RuntimeError`` naming op, argument, need and
+value.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def _(
     _check_dtype("group_subsample", "group_idxs", group_idxs, torch.int64)
     torch._check(
         match_labels.dim() in (1, 2),
-        lambda: (
-            f"group_subsample: match_labels must have shape (N,) or (B, N), got {tuple(match_labels.shape)}"
-        ),
+        lambda: f"group_subsample: match_labels must have shape (N,) or (B, N), got {tuple(match_labels.shape)}",
     )
     return torch.empty_like(match_labels, memory_format=torch.contiguous_format)
 

@@ -57,9 +57,7 @@ def literal_iou(a, b, touching):
 @pytest.mark.parametrize("touching", [True, False])
 def test_pixel_iou_against_one_pair_at_a_time(touching):
     rng = np.random.default_rng(0)
-    gt, boxes = (
-        rng.integers(0, 12, size=(n, 4)).astype(float) for n in (30, 40)
-    )  # many inverted or degenerate
+    gt, boxes = (rng.integers(0, 12, size=(n, 4)).astype(float) for n in (30, 40))  # many inverted or degenerate
     boxes[::3] += rng.random((len(boxes[::3]), 4))
     with np.errstate(all="raise"):
         ious = pixel_iou(gt, boxes, touching=touching)

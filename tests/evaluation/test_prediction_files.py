@@ -53,9 +53,7 @@ def test_no_detections(text):
     assert parse_wider_file(text, "f").shape == (0, 5)
 
 
-@pytest.mark.parametrize(
-    "text", ["a\r\n1\r\n1 2 3 4 5\r\n", "a\n1\n1\t2  3 4 5 ", "\ufeffa\n 1.0 \n+1 2. 3e0 4 5\n\n"]
-)
+@pytest.mark.parametrize("text", ["a\r\n1\r\n1 2 3 4 5\r\n", "a\n1\n1\t2  3 4 5 ", "\ufeffa\n 1.0 \n+1 2. 3e0 4 5\n\n"])
 def test_spelling_does_not_matter(text):
     assert parse_wider_file(text, "f").tolist() == [[1, 2, 3, 4, 5]]
 
@@ -105,9 +103,7 @@ def test_nothing_that_fits(tmp_path):
         read_wider_predictions(make_folder(tmp_path / "q", files), IDS)
 
 
-@pytest.mark.parametrize(
-    "name", ["../0--Parade/a_1.txt", "x/../../a_1.txt", "/0--Parade/a_1.txt", "C:/x/a_1.txt"]
-)
+@pytest.mark.parametrize("name", ["../0--Parade/a_1.txt", "x/../../a_1.txt", "/0--Parade/a_1.txt", "C:/x/a_1.txt"])
 def test_zip_that_leaves_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="unsafe path"):
         FileTree(make_zip(tmp_path / "p.zip", {name: GOOD}))

@@ -146,9 +146,7 @@ def test_official_subsets_on_the_mini_set(data_dir, dataset):
         instances.scores = torch.tensor(rows[:, 4])
         evaluator.process([{"image_id": image_id}], [{"instances": instances}])
     figures = evaluator.evaluate()["wider_face"]
-    expected = json.loads((data_dir / "expected_ap.json").read_text())[
-        "mini_wider/predictions_detector_a.zip"
-    ]
+    expected = json.loads((data_dir / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
     for name, ap in expected.items():
         assert figures[name] == pytest.approx(100 * ap, abs=1e-4)
 
@@ -163,9 +161,7 @@ def test_official_files_of_other_images_are_not_used(data_dir, dataset):
 
 
 def _run_process(rank, port, output_dir, queue):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     dicts = dataset_dicts()
     DatasetCatalog.register(NAME, lambda: dicts)
     evaluator = WiderFaceEvaluator(NAME, output_dir)

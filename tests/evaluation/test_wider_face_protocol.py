@@ -106,9 +106,7 @@ def literal_protocol(image_ids, gt_boxes, kept, detections, num_thresholds=1000)
         for t in range(1, num_thresholds + 1):  # 6
             passing = []
             if highest != lowest:  # else 0 / 0: NaN passes no threshold
-                passing = [
-                    i for i, row in enumerate(rows) if (row[4] - lowest) / (highest - lowest) >= 1 - t / 1000
-                ]
+                passing = [i for i, row in enumerate(rows) if (row[4] - lowest) / (highest - lowest) >= 1 - t / 1000]
             if passing:
                 counts[t - 1, 0] += proposal_list[: passing[-1] + 1].count(1)
                 counts[t - 1, 1] += found[passing[-1]]
@@ -120,11 +118,7 @@ def literal_protocol(image_ids, gt_boxes, kept, detections, num_thresholds=1000)
     for i in range(len(precision) - 2, -1, -1):
         if not precision[i] >= precision[i + 1]:  # NaN gives way
             precision[i] = precision[i + 1]
-    return sum(
-        (recall[i] - recall[i - 1]) * precision[i]
-        for i in range(1, len(recall))
-        if recall[i] != recall[i - 1]
-    )
+    return sum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall)) if recall[i] != recall[i - 1])
 
 
 def random_case(seed):
@@ -204,9 +198,7 @@ def test_detections_of_ignored_faces_are_dropped():
 def test_no_second_best_face():
     # Both detections are nearest to the first face, the second one overlaps the other face enough but gets
     # nothing.
-    curve = one_image(
-        [[0, 0, 20, 20], [6, 0, 26, 20]], [[0, 0, 20, 20, 0.9], [2, 0, 20, 20, 0.8], [90, 90, 1, 1, 0]]
-    )
+    curve = one_image([[0, 0, 20, 20], [6, 0, 26, 20]], [[0, 0, 20, 20, 0.9], [2, 0, 20, 20, 0.8], [90, 90, 1, 1, 0]])
     assert curve.recall[-1] == 0.5
 
 
@@ -249,9 +241,7 @@ def test_scores_of_any_scale_give_the_same_ap():
     ground_truth = with_subset(image_ids, gt_boxes, kept)
     ap = evaluate_wider_face(ground_truth, detections).curves["kept"].ap
     moved = {k: np.concatenate([r[:, :4], r[:, 4:] * 1024 - 4096], axis=1) for k, r in detections.items()}
-    moved["1--Event/image_3"][0, 4] = (
-        8  # the protocol's maximum is at least realmin: all-negative scores differ
-    )
+    moved["1--Event/image_3"][0, 4] = 8  # the protocol's maximum is at least realmin: all-negative scores differ
     same = dict(detections)
     same["1--Event/image_3"] = same["1--Event/image_3"].copy()
     same["1--Event/image_3"][0, 4] = (8 + 4096) / 1024
@@ -284,9 +274,7 @@ def write_ground_truth(folder, *, images=("a_1", "a_2"), kept=((1,), ())):
     lists = {"event_list": cell(["0--Parade"]), "file_list": cell([cell(list(images))])}
     boxes = [np.array([[1, 2, 3, 4], [10, 10, 0, 5]]), np.array([[5, 5, 5, 5]])]
     labels = {
-        f"{name}_label_list": cell(
-            [cell([np.array([[0], [1]]), np.array([[1 if name == "invalid" else 0]])])]
-        )
+        f"{name}_label_list": cell([cell([np.array([[0], [1]]), np.array([[1 if name == "invalid" else 0]])])])
         for name in ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
     }
     savemat(folder / "wider_face_val.mat", lists | labels | {"face_bbx_list": cell([cell(boxes)])})
@@ -337,9 +325,7 @@ def test_subsets_of_other_images(tmp_path):
 def test_a_dataset_list_equals_the_official_file(official, data_dir):
     """The fallback of the evaluator: boxes and labels as data registration gives them."""
     mat = loadmat(data_dir / "wider_face" / "ground_truth" / "wider_face_val.mat")
-    invalid = np.concatenate(
-        [np.concatenate([i[0] for i in e[0]]) for e in mat["invalid_label_list"]]
-    ).ravel()
+    invalid = np.concatenate([np.concatenate([i[0] for i in e[0]]) for e in mat["invalid_label_list"]]).ravel()
     parts = [slice(a, b) for a, b in zip(official.offsets[:-1], official.offsets[1:], strict=True)]
     from_list = WiderGroundTruth.from_boxes(
         official.image_ids, [official.boxes[p] for p in parts], [{"invalid": invalid[p]} for p in parts]
