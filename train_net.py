@@ -45,6 +45,16 @@ class Trainer(DefaultTrainer):
             return WiderFaceEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
+    # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
+    # at the first rate of the warm-up; main saves it under this very name.
+    def state_dict(self):
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
 
 def test_setting(cfg):
     """What a figure depends on besides the weights; printed beside it."""

@@ -94,6 +94,7 @@ RULES = {
             "numpy",
             "scipy",
             "h5py",
+            "PIL",
             "matplotlib",
             "tqdm",
             "detectron2.data",
