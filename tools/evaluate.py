@@ -19,16 +19,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.evaluation import face_eval, fddb  # noqa: E402
-from gs_d2.evaluation.curves import (  # noqa: E402
+from gs_d2.evaluation import face_eval, fddb
+from gs_d2.evaluation.curves import (
     load_curves,
     plot_pr_curves,
     plot_roc_curves,
     read_official_curves,
     save_curves,
 )
-from gs_d2.evaluation.prediction_files import read_wider_predictions, write_wider_predictions  # noqa: E402
-from gs_d2.evaluation.report import (  # noqa: E402
+from gs_d2.evaluation.prediction_files import read_wider_predictions, write_wider_predictions
+from gs_d2.evaluation.report import (
     format_table,
     format_wider_table,
     json_number,
@@ -36,7 +36,7 @@ from gs_d2.evaluation.report import (  # noqa: E402
     score_note,
     wider_summary,
 )
-from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face  # noqa: E402
+from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,16 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("benchmark", choices=["wider_face", "fddb", "afw", "pascal_face"])
     parser.add_argument("--predictions", required=True, type=Path, metavar="PATH", help="the detections")
-    parser.add_argument(
-        "--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write results.json, curves (npz) and a picture"
-    )
+    parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write results.json, curves (npz) and a picture")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, fractions 0..1")
-    parser.add_argument(
-        "--name", default="gs_d2", help="of the method, in the picture (default: %(default)s)"
-    )
+    parser.add_argument("--name", default="gs_d2", help="of the method, in the picture (default: %(default)s)")
     wider = parser.add_argument_group("wider_face")
     wider.add_argument(
         "--compare",
@@ -63,9 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="draw other methods too: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
     )
-    wider.add_argument(
-        "--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip"
-    )
+    wider.add_argument("--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip")
     fddb_group = parser.add_argument_group("fddb")
     fddb_group.add_argument(
         "--images", type=Path, metavar="DIR", help="FDDB's originalPics: clip to the true image sizes"
@@ -129,9 +121,7 @@ def wider_face(args: argparse.Namespace) -> dict:
         print(f"{len(predictions.empty)} files are without detections")
     absent = [name for name in OFFICIAL_SUBSETS if name not in result.curves]
     if absent:
-        print(
-            f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no wider_{{{','.join(absent)}}}_val.mat"
-        )
+        print(f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no wider_{{{','.join(absent)}}}_val.mat")
     if args.submission:
         write_wider_predictions(predictions.detections, args.submission)
     if args.output:
@@ -160,25 +150,17 @@ def run_fddb(args: argparse.Namespace) -> dict:
         detections = {image: fddb.ellipses_from_rectangles(rows) for image, rows in detections.items()}
     sizes = fddb.image_sizes_of(args.images, list(annotations)) if args.images else {}
     if args.images and not sizes:
-        raise ValueError(
-            f"{args.images}: has no image of FDDB; need files like {next(iter(annotations))}.jpg"
-        )
+        raise ValueError(f"{args.images}: has no image of FDDB; need files like {next(iter(annotations))}.jpg")
     result = fddb.evaluate_fddb(annotations, detections, sizes)
     if len(result.missing) == len(annotations):
-        raise ValueError(
-            f"{args.predictions}: no image of {args.ground_truth} in it; need names as in the lists"
-        )
+        raise ValueError(f"{args.predictions}: no image of {args.ground_truth} in it; need names as in the lists")
     counts = fddb.FALSE_POSITIVES
     discrete = [result.rate_at(count) for count in counts]
     continuous = [result.rate_at(count, continuous=True) for count in counts]
-    rows = [
-        [str(count), percent(d), percent(c)] for count, d, c in zip(counts, discrete, continuous, strict=True)
-    ]
+    rows = [[str(count), percent(d), percent(c)] for count, d, c in zip(counts, discrete, continuous, strict=True)]
     print(format_table(["FP at most", "discrete TPR", "continuous TPR"], rows))
     shape = "fitted ellipses" if args.fit_ellipses else "as given"
-    print(
-        f"setting: {shape}, {len(sizes)} of {len(annotations)} image sizes from images, the others estimated"
-    )
+    print(f"setting: {shape}, {len(sizes)} of {len(annotations)} image sizes from images, the others estimated")
     print(score_note_of(detections))
     print(f"{result.num_faces} faces")
     print_missing(result.missing, len(annotations), result.num_unknown, "images of the detections")
@@ -188,9 +170,7 @@ def run_fddb(args: argparse.Namespace) -> dict:
             "Continuous": (result.false_positives, result.continuous),
         }
         columns = ("false_positives", "discrete", "continuous", "thresholds")
-        np.savez_compressed(
-            args.output / "roc_curves.npz", **{name: getattr(result, name) for name in columns}
-        )
+        np.savez_compressed(args.output / "roc_curves.npz", **{name: getattr(result, name) for name in columns})
         plot_roc_curves({args.name: curves}, args.output / "roc_curve.png")
     return {
         "disc_tpr": {str(count): json_number(rate) for count, rate in zip(counts, discrete, strict=True)},

@@ -52,12 +52,8 @@ def fit(ellipses: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ground-truth", required=True, type=Path, metavar="PATH", help="FDDB's ellipse lists"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="FDDB's ellipse lists")
     parser.add_argument("--write", action="store_true", help=f"replace {TARGET.relative_to(ROOT)}")
     args = parser.parse_args(argv)
     try:
@@ -69,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     errors = rectangle_sizes(ellipses) @ radii.T / ellipses[:, :2] - 1
     text = TEMPLATE.format(*radii.ravel(), angle)
     print(text)
-    print(
-        f"{len(ellipses)} ellipses; error of the radii (root mean square): {np.sqrt((errors**2).mean(axis=0))}"
-    )
+    print(f"{len(ellipses)} ellipses; error of the radii (root mean square): {np.sqrt((errors**2).mean(axis=0))}")
     if args.write:
         TARGET.write_text(text)
     return 0

@@ -16,9 +16,7 @@ from .prediction_files import FileTree, parse_rows
 from .progress import track
 
 _MIN_FACE = 30  # pixels; smaller annotated faces are ignored
-_MIN_DETECTION = int(
-    np.sqrt(0.5 * _MIN_FACE * _MIN_FACE)
-)  # 21; detections with both sides this small are dropped
+_MIN_DETECTION = int(np.sqrt(0.5 * _MIN_FACE * _MIN_FACE))  # 21; detections with both sides this small are dropped
 _IOU_THRESH = 0.5  # strict
 _NUM_REFINEMENTS = 5
 _FILE_NAMES = {
@@ -121,9 +119,7 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 by_image.setdefault(image, []).append(i)
             for image, indices in by_image.items():
                 if image in images:
-                    raise ValueError(
-                        f"{where}: {image} is in another file too; give the results of one detector"
-                    )
+                    raise ValueError(f"{where}: {image} is in another file too; give the results of one detector")
                 images[image] = values[indices]
     return images
 

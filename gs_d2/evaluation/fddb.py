@@ -32,9 +32,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: for a malformed file, or if there is no list of ellipses.
     """
     with FileTree(path) as tree:
-        names = [
-            n for n in tree.names if "ellipselist" in n.rsplit("/", 1)[-1].lower() and n.endswith(".txt")
-        ]
+        names = [n for n in tree.names if "ellipselist" in n.rsplit("/", 1)[-1].lower() and n.endswith(".txt")]
         if not names and len(tree.names) == 1:
             names = tree.names
         if not names:
@@ -76,9 +74,7 @@ def _read_lists(tree: FileTree, names: list[str], allowed_columns: tuple[int, ..
             if image in images:
                 raise ValueError(f"{where}, line {at + 1}: image {image[:80]} for the second time")
             if at + 1 >= len(lines):
-                raise ValueError(
-                    f"{where}, line {at + 2}: missing: need the number of regions of {image[:80]}"
-                )
+                raise ValueError(f"{where}, line {at + 2}: missing: need the number of regions of {image[:80]}")
             count = parse_count(lines[at + 1], where, at + 2)
             rows = lines[at + 2 : at + 2 + count]
             if len(rows) < count:

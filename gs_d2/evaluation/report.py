@@ -74,9 +74,7 @@ def json_number(value: float) -> float | None:
 def wider_summary(result: WiderResult, by_scale: Mapping[int, WiderResult] | None = None) -> dict:
     """Figures for JSON: AP as fractions 0..1, null for a subset without faces or without ground truth."""
 
-    figures = {
-        name: json_number(result.curves[name].ap) if name in result.curves else None for name in _TITLES
-    }
+    figures = {name: json_number(result.curves[name].ap) if name in result.curves else None for name in _TITLES}
     figures |= {f"all@{scale}": json_number(r.curves["all"].ap) for scale, r in (by_scale or {}).items()}
     attributes = {
         attribute: {value: json_number(result.curves[f"{attribute}.{value}"].ap) for value in values}
