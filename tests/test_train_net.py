@@ -14,9 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quick/demo.yaml"
-SHORT = "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 0".split()
-SMALL = "INPUT.GS.SCALES [1.0,1.5] INPUT.GS.MAX_CROP_SIZE 128 DATALOADER.NUM_WORKERS 0 TEST.GS.SCORE_THRESH 0.3".split()
+SHORT = (
+    "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 0".split()
+)
+SMALL = "MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 INPUT.GS.SCALES [1.0,1.5] INPUT.GS.MAX_CROP_SIZE 128 DATALOADER.NUM_WORKERS 0 TEST.GS.SCORE_THRESH 0.3".split()
 SCALES = (16, 32, 64, 128)
+NUM_PER_GROUP = 64
 
 
 def train_net(datasets, output, *arguments):
@@ -77,9 +80,9 @@ def test_training_counts_its_samples_by_group(trained):
     for positives, negatives, pos_drawn, neg_drawn in zip(
         matched["pos"], matched["neg"], drawn["pos"], drawn["neg"], strict=True
     ):
-        # N = 256 of every group, means over two images.
-        assert pos_drawn <= min(positives, 64) and neg_drawn <= negatives
-        assert pos_drawn + neg_drawn == min(256, positives + negatives)
+        # N of every group, a quarter of it positives at most; means over two images.
+        assert pos_drawn <= min(positives, NUM_PER_GROUP // 4) and neg_drawn <= negatives
+        assert pos_drawn + neg_drawn == min(NUM_PER_GROUP, positives + negatives)
 
 
 def test_tensorboard_has_the_groups_and_losses(trained):
@@ -199,9 +202,7 @@ def test_cuda_without_a_gpu(monkeypatch, tmp_path):
 
 def test_eval_only_without_weights(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"--eval-only needs weights: add MODEL\.WEIGHTS path/to/model_final\.pth"):
-        run_here(
-            monkeypatch, "--config-file", str(ROOT / CONFIG), "--eval-only", "OUTPUT_DIR", str(tmp_path / "x")
-        )
+        run_here(monkeypatch, "--config-file", str(ROOT / CONFIG), "--eval-only", "OUTPUT_DIR", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
