@@ -7,6 +7,9 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+
+from gs_d2 import compat  # noqa: F401  isort: skip
+
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
