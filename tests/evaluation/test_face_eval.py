@@ -75,7 +75,7 @@ def literal_protocol(annotations, detections, y_shift, iterations=5):
         if not fits:
             break
         tx, ty, sx, sy = np.mean(fits, axis=0)
-        shift, scale = shift + [tx, ty], scale * [sx, sy]
+        shift, scale = np.add(shift, (tx, ty)), np.multiply(scale, (sx, sy))
         for row in rows:
             _, _, x1, y1, x2, y2 = row
             w, h = (x2 - x1) / 2, (y2 - y1) / 2

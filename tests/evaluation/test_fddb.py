@@ -281,7 +281,8 @@ def test_committed_fit_is_what_the_tool_fits(annotations):
 
 def test_fitted_ellipses_raise_the_continuous_score(annotations, data_dir):
     path = data_dir / "fddb" / "results" / "fddb_mtcnn_lqy_result.txt"
-    rectangles = fddb.read_detections(path)
+    rectangles = dict(list(fddb.read_detections(path).items())[::5])
+    annotations = {image: annotations[image] for image in rectangles}
     ellipses = {image: fddb.ellipses_from_rectangles(rows) for image, rows in rectangles.items()}
     rates = [fddb.evaluate_fddb(annotations, d).rate_at(1000, continuous=True) for d in (rectangles, ellipses)]
     assert rates[1] > rates[0] + 0.02
