@@ -171,7 +171,7 @@ def literal_counts(annotations, detections, threshold):
     return continuous, discrete, false_positives
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(24))
 def test_against_the_literal_protocol(seed):
     rng = np.random.default_rng(seed)
     annotations, detections = {}, {}
@@ -185,7 +185,8 @@ def test_against_the_literal_protocol(seed):
         chosen = rng.integers(0, count, num) if count else np.zeros(num, int)
         near = annotations[f"image_{i}"][chosen] if count else np.tile([5.0, 5, 0, 9, 9], (num, 1))
         near = near + rng.normal(size=(num, 5)) * [1, 1, 0.1, 2, 2]
-        scores = rng.integers(0, 4, (num, 1)) / 3.0  # ties within an image and between images
+        near[:, 3:] = np.where(rng.random((num, 1)) < 0.3, 34 - near[:, 3:], near[:, 3:])  # some far from any face
+        scores = rng.integers(0, 2 + seed % 3, (num, 1)) / 3.0  # ties within an image and between images
         if seed % 2:
             regions = near
         else:
@@ -280,7 +281,8 @@ def test_committed_fit_is_what_the_tool_fits(annotations):
 
 def test_fitted_ellipses_raise_the_continuous_score(annotations, data_dir):
     path = data_dir / "fddb" / "results" / "fddb_mtcnn_lqy_result.txt"
-    rectangles = fddb.read_detections(path)
+    rectangles = dict(list(fddb.read_detections(path).items())[::5])
+    annotations = {image: annotations[image] for image in rectangles}
     ellipses = {image: fddb.ellipses_from_rectangles(rows) for image, rows in rectangles.items()}
     rates = [fddb.evaluate_fddb(annotations, d).rate_at(1000, continuous=True) for d in (rectangles, ellipses)]
     assert rates[1] > rates[0] + 0.02
