@@ -3,9 +3,9 @@
 Cases (anchors x ground truths): W1 800 x 800 at stride 4 with 4 scales; W2-m the same at 1200 x 1200 with m faces; C1
 800 x 1200 with 5 scales x 3 ratios; R1 proposals in no spatial order. Peers: Detectron2's label step (pairwise_iou,
 Matcher, subsample_labels), torchvision's box_iou, the same IoU and maxima under torch.compile, and a group sampler
-written with torch.topk. On the CPU Detectron2 is timed twice, since up to half of its time is fresh memory: with the default heap, and
-with glibc told to keep its memory (a second process). On a GPU times are CUDA events, and ours are also given as a
-captured graph.
+written with torch.topk. On the CPU Detectron2 is timed twice, since up to half of its time is fresh memory: with the
+default heap, and with glibc told to keep its memory (a second process). On a GPU times are CUDA events, and ours are
+also given as a captured graph.
 """
 
 import argparse
