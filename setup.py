@@ -26,7 +26,7 @@ def extension():
         from torch.utils import cpp_extension
     except ImportError:
         sys.exit("gs_d2's build needs torch: pip install torch torchvision, then\npip install --no-build-isolation .")
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
             f"gs_d2's build needs a C++17 compiler, and '{compiler}' is not there: install one "
