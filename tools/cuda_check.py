@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for every architecture, warnings as errors, and reads what the compiler made of them.
+"""Compiles the CUDA kernels for every architecture, warnings as errors, and reads the PTX that comes out.
 
 No GPU is needed. nvcc is taken from CUDA_HOME, the PATH or /usr/local/cuda; where there is none, or with
 --package-index, it is installed from the package index into a folder of its own. The PTX must hold no fused
