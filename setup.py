@@ -36,10 +36,7 @@ def extension():
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        sys.exit(
-            "gs_d2's build needs torch: pip install torch torchvision, then\n"
-            "pip install --no-build-isolation ."
-        )
+        sys.exit("gs_d2's build needs torch: pip install torch torchvision, then\npip install --no-build-isolation .")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(

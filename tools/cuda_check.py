@@ -39,9 +39,7 @@ FORBIDDEN = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package-index", action="store_true", help="use nvcc from the package index")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "nvcc", help="where that nvcc is put")
     args = parser.parse_args()

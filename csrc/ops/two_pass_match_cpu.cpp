@@ -12,9 +12,9 @@ namespace {
 class RowRanges {
  public:
   RowRanges(const char* name, const OptionalTensor& offsets, int64_t num_images, int64_t num_rows) {
-    if (!offsets) {  // one image that owns all rows, or several and no rows
-      bounds_.assign(num_images + 1, 0);
-      bounds_.back() = num_rows;
+    if (!offsets) {  // a single image owns all rows, or several have none
+      bounds_.assign(num_images + 1, num_rows);
+      bounds_[0] = 0;
       return;
     }
     const Tensor contiguous = torch::stable::contiguous(*offsets);

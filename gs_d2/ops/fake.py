@@ -18,7 +18,9 @@ def _(gt_boxes, anchors, gt_offsets, ignore_boxes, ignore_offsets, low, high, se
     _check_boxes("two_pass_match", "gt_boxes", gt_boxes)
     torch._check(
         anchors.dim() in (2, 3) and anchors.shape[-1] == 4,
-        lambda: f"two_pass_match: anchors must have shape (N, 4), or (B, N, 4) with gt_offsets, got {tuple(anchors.shape)}",
+        lambda: (
+            f"two_pass_match: anchors must have shape (N, 4), or (B, N, 4) with gt_offsets, got {tuple(anchors.shape)}"
+        ),
     )
     _check_dtype("two_pass_match", "anchors", anchors, torch.float32)
     shape = anchors.shape[-2:-1] if gt_offsets is None else (gt_offsets.shape[0] - 1, anchors.shape[-2])
@@ -30,7 +32,18 @@ def _(gt_boxes, anchors, gt_offsets, ignore_boxes, ignore_offsets, low, high, se
 
 
 @register_fake("gs_d2::group_subsample")
-def _(match_labels, group_idxs, losses, seed_tensor, seed, first_image, num_groups, num_per_group, fraction, method):
+def _(
+    match_labels,
+    group_idxs,
+    losses,
+    seed_tensor,
+    seed,
+    first_image,
+    num_groups,
+    num_per_group,
+    fraction,
+    method,
+):
     _check_dtype("group_subsample", "match_labels", match_labels, torch.int8)
     _check_dtype("group_subsample", "group_idxs", group_idxs, torch.int64)
     torch._check(

@@ -19,18 +19,14 @@ SANITIZERS = {
 
 def build(folder, backend="fibers", sanitizer=None, cuda_sources=None, flags=()):
     """Returns the executable; `cuda_sources` replaces csrc/cuda/*.cu."""
-    sources = list(cuda_sources or sorted((CSRC / "cuda").glob("*.cu"))) + sorted(
-        (CSRC / "cpu").glob("*.cpp")
-    )
+    sources = list(cuda_sources or sorted((CSRC / "cuda").glob("*.cu"))) + sorted((CSRC / "cpu").glob("*.cpp"))
     sources += [HERE / "fuzz.cpp", HERE / "shim" / f"{backend}.cpp", HERE / "shim" / "poison.cpp"]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *SANITIZERS[sanitizer], *flags]
     objects, running = [], []
     for number, source in enumerate(sources):
         objects.append(str(Path(folder) / f"{number}-{source.stem}.o"))
         include = f"-I{CSRC / 'cuda'}"
-        running.append(
-            subprocess.Popen([*command, include, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-        )
+        running.append(subprocess.Popen([*command, include, "-x", "c++", "-c", str(source), "-o", objects[-1]]))
     if any(process.wait() != 0 for process in running):
         raise RuntimeError("the shim build failed")
     executable = Path(folder) / "fuzz"

@@ -10,9 +10,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-NASTY = torch.tensor(
-    [0.0, -0.0, 1.0, 1e-20, 1e-45, 1e10, -1e19, 3e38, float("inf"), -float("inf"), float("nan")]
-)
+NASTY = torch.tensor([0.0, -0.0, 1.0, 1e-20, 1e-45, 1e10, -1e19, 3e38, float("inf"), -float("inf"), float("nan")])
 
 
 def random_boxes(kind, n, generator):

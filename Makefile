@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: make demo, make test. Each sets up .venv on first use.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test test-slow bench lint clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.built ## draw a small data set, train on the CPU, evaluate, and write pictures to output/demo (about 10 minutes)
+	$(PY) tools/demo.py
+
+test: $(VENV)/.built ## the test suite (a few minutes on two cores)
+	$(PY) -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.built ## the tests that take longer
+	$(PY) -m pytest -q -m slow
+
+bench: $(VENV)/.built ## the ops against Detectron2, torchvision and torch.compile, into output/bench (minutes)
+	$(PY) tools/benchmark_ops.py
+
+lint: $(VENV)/.installed ## ruff and clang-format over everything
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+
+clean: ## remove what was built, .venv included
+	rm -rf $(VENV) build gs_d2.egg-info gs_d2/*.so output
+
+# Set-up, in three steps that are redone only when what they depend on changes.
+$(VENV)/.created: tools/preflight.py
+	@$(PYTHON) tools/preflight.py
+	@echo "Setting up $(VENV): torch and the rest take 5 GB and some minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created constraints.txt tools/install_detectron2.py
+	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm \
+		pytest hypothesis ruff clang-format
+	@$(PY) tools/install_detectron2.py
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "Building gs_d2._C"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,82 @@
+"""The only definition of this project's config keys, and the check that a config can train the method."""
+
+from gs_d2 import compat  # noqa: F401
+
+from detectron2.config import CfgNode as CN  # isort: skip
+
+
+def add_gs_config(cfg):
+    """Adds MODEL.GS, INPUT.GS and TEST.GS to a Detectron2 config, in place.
+
+    Where a Detectron2 key fits it is used instead: MODEL.RPN.BATCH_SIZE_PER_IMAGE is N, the samples per group (per
+    image without groups); POSITIVE_FRACTION, IOU_THRESHOLDS [low, high], NMS_THRESH, PRE_NMS_TOPK_* and
+    POST_NMS_TOPK_* keep their meaning, over all feature maps together; BBOX_REG_LOSS_TYPE is one of "smooth_l1",
+    "iou" (-ln IoU) and "least_square_iou"; LOSS_WEIGHT scales both terms, BBOX_REG_LOSS_WEIGHT is eta of eq. 2.
+    """
+    cfg.MODEL.GS = CN()
+    # False: all anchors form one group, the paper's baselines.
+    cfg.MODEL.GS.GROUP_SAMPLING = True
+    # Scales (pixels) that define the groups; an anchor belongs to the nearest in log2. [] = one group per anchor scale.
+    cfg.MODEL.GS.GROUP_SCALES = []
+    # Which samples of a group are drawn: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (highest loss).
+    cfg.MODEL.GS.SAMPLER = "random"
+    # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
+    cfg.MODEL.GS.SECOND_PASS = "best"
+    # A negative anchor of which at least this share lies in one ignore region is ignored; in (0, 1].
+    cfg.MODEL.GS.IGNORE_THRESH = 0.5
+    # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
+    # sub-samples it. [] = every anchor at its map's own stride.
+    cfg.MODEL.GS.ANCHOR_STRIDES = []
+    # False: train even with Detectron2 defaults that break the method (see check_config).
+    cfg.MODEL.GS.CHECK_DEFAULTS = True
+
+    cfg.INPUT.GS = CN()
+    # Training images are resized by one of these factors, drawn uniformly...
+    cfg.INPUT.GS.SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    # ...and cropped at random so that no side exceeds this many pixels.
+    cfg.INPUT.GS.MAX_CROP_SIZE = 1200
+    # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions.
+    cfg.INPUT.GS.MIN_FACE_SIZE = 8.0
+
+    cfg.TEST.GS = CN()
+    # Detections below this score (probability) are dropped. Above 0.05 it costs average precision.
+    cfg.TEST.GS.SCORE_THRESH = 0.01
+
+
+# (key, what Detectron2 sets, why that breaks the method)
+_BREAKING_DEFAULTS = [
+    ("TEST.DETECTIONS_PER_IMAGE", 100, "a WIDER FACE image has up to 1,968 faces; use 1000 or more"),
+    ("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5"),
+    (
+        "MODEL.RPN.PRE_NMS_TOPK_TEST",
+        6000,
+        "over all scales together it starves small faces; the paper keeps 50000",
+    ),
+    ("MODEL.RPN.POST_NMS_TOPK_TEST", 1000, "it caps detections before TEST.DETECTIONS_PER_IMAGE does"),
+    ("MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]"),
+    ("MODEL.RPN.POSITIVE_FRACTION", 0.5, "the paper samples positives : negatives = 1 : 3, that is 0.25"),
+    ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 256, "this is N, the samples per group; the paper uses 2048"),
+]
+
+
+def check_config(cfg):
+    """Refuses Detectron2 defaults that silently break group sampling.
+
+    Raises:
+        ValueError: naming every such key, its value and what to set, unless MODEL.GS.CHECK_DEFAULTS is False.
+    """
+    if not cfg.MODEL.GS.CHECK_DEFAULTS:
+        return
+    broken = []
+    for key, default, reason in _BREAKING_DEFAULTS:
+        value = cfg
+        for name in key.split("."):
+            value = value[name]
+        if (list(value) if isinstance(value, (list, tuple)) else value) == default:
+            broken.append(f"  {key} is Detectron2's default {default}: {reason}")
+    if broken:
+        raise ValueError(
+            "This config keeps Detectron2 defaults that break group sampling:\n"
+            + "\n".join(broken)
+            + "\nStart from configs/Base-WIDER.yaml, or set MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
+        )

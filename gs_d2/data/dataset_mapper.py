@@ -1,0 +1,93 @@
+"""From a dataset dict to what the detectors take: augmented image, faces, and regions to ignore."""
+
+import copy
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+
+from gs_d2.data.augmentation import ScaleJitterCrop
+
+
+class FaceDatasetMapper:
+    """Reads and augments one image of a face data set (see :func:`gs_d2.data.load_wider_face` for its dicts).
+
+    Regions where no anchor may be a negative sample: boxes flagged invalid, and faces smaller than `min_face_size`
+    after augmentation. Boxes without area are left out.
+    """
+
+    @configurable
+    def __init__(self, *, is_train: bool, augmentations, image_format: str, min_face_size: float = 8.0):
+        """
+        Args:
+            is_train: whether boxes are wanted.
+            augmentations (list of Augmentation): applied in order.
+            image_format: as :func:`detectron2.data.detection_utils.read_image`.
+            min_face_size: sqrt(w * h) in pixels.
+        """
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.min_face_size = float(min_face_size)
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True):
+        if is_train:
+            augmentations = [ScaleJitterCrop(cfg.INPUT.GS.SCALES, cfg.INPUT.GS.MAX_CROP_SIZE)]
+            if cfg.INPUT.RANDOM_FLIP != "none":
+                augmentations.append(
+                    T.RandomFlip(
+                        horizontal=cfg.INPUT.RANDOM_FLIP == "horizontal",
+                        vertical=cfg.INPUT.RANDOM_FLIP == "vertical",
+                    )
+                )
+        else:
+            augmentations = [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+        return {
+            "is_train": is_train,
+            "augmentations": augmentations,
+            "image_format": cfg.INPUT.FORMAT,
+            "min_face_size": cfg.INPUT.GS.MIN_FACE_SIZE,
+        }
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Returns:
+            dict: the input's file_name and image_id, with height and width of the file; image (uint8 Tensor[3, H, W]);
+            in training also instances (gt_boxes, gt_classes all 0) and ignore_boxes (Boxes), in pixels of `image`.
+        """
+        result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
+        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        result["height"], result["width"] = image.shape[:2]
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        result["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.is_train:
+            faces, ignored = self._split_boxes(dataset_dict, transforms, image.shape[:2])
+            instances = Instances(image.shape[:2])
+            instances.gt_boxes = Boxes(torch.from_numpy(faces))
+            instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
+            result["instances"] = instances
+            result["ignore_boxes"] = Boxes(torch.from_numpy(ignored))
+        return result
+
+    def _split_boxes(self, dataset_dict, transforms, image_size):
+        """Boxes to train on and boxes to ignore, float32 [n, 4], transformed and clipped to the image."""
+        boxes = dataset_dict["gt_boxes"]
+        ignore = dataset_dict["gt_ignore"]
+        has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        boxes, ignore = transforms.apply_box(boxes[has_area]), ignore[has_area]
+        height, width = image_size
+        limits = np.array([width, height, width, height])
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((centres >= 0) & (centres < limits[:2])).all(axis=1)
+        boxes = np.clip(boxes, 0, limits).astype(np.float32)
+        size = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
+        visible = (size > 0).all(axis=1)
+        ignore = ignore | (np.sqrt(size.prod(axis=1)) < self.min_face_size)
+        # A face whose centre the crop cuts off is dropped; a region to ignore counts wherever it is still seen.
+        return boxes[~ignore & inside & visible], boxes[ignore & visible]

@@ -1,0 +1,80 @@
+"""ResNet with a top-down path: the paper's feature maps P2..P5 (Fig. 3)."""
+
+from itertools import pairwise
+
+import fvcore.nn.weight_init as weight_init
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
+from torch import Tensor
+
+
+class TopDown(Backbone):
+    """1x1 lateral convolutions, bilinear x2 upsampling and elementwise sums.
+
+    Detectron2's FPN differs twice: it upsamples by nearest neighbour and ends each level with a 3x3 convolution.
+    """
+
+    def __init__(self, bottom_up: Backbone, in_features: list[str], out_channels: int, norm: str = ""):
+        """
+        Args:
+            bottom_up: gives `in_features`, named from fine to coarse, each of twice the stride of the one before.
+            out_channels: channels of every output map.
+            norm: normalisation after each lateral convolution, see :func:`detectron2.layers.get_norm`; "" is none.
+        """
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        strides = [shapes[name].stride for name in in_features]
+        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+            raise ValueError(f"in_features must double in stride from one to the next, got {strides} of {in_features}")
+        self.bottom_up = bottom_up
+        self.in_features = tuple(in_features)
+        self._size_divisibility = strides[-1]
+        self._out_features = []
+        self._out_feature_strides = {}
+        self._out_feature_channels = {}
+        self._lateral_names = []
+        for name, stride in zip(in_features, strides, strict=True):
+            stage = stride.bit_length() - 1
+            lateral = Conv2d(
+                shapes[name].channels,
+                out_channels,
+                kernel_size=1,
+                bias=norm == "",
+                norm=get_norm(norm, out_channels),
+            )
+            weight_init.c2_xavier_fill(lateral)
+            self.add_module(f"fpn_lateral{stage}", lateral)
+            self._lateral_names.append(f"fpn_lateral{stage}")
+            self._out_features.append(f"p{stage}")
+            self._out_feature_strides[f"p{stage}"] = stride
+            self._out_feature_channels[f"p{stage}"] = out_channels
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Image [N, 3, H, W], H and W multiples of `size_divisibility` -> {"p2": [N, C, H/4, W/4], ...}."""
+        bottom_up = self.bottom_up(image)
+        outputs = {}
+        top_down = None
+        for name, lateral_name, out_name in zip(
+            self.in_features[::-1], self._lateral_names[::-1], self._out_features[::-1], strict=True
+        ):
+            lateral = getattr(self, lateral_name)(bottom_up[name])
+            if top_down is not None:
+                lateral = lateral + F.interpolate(top_down, scale_factor=2, mode="bilinear", align_corners=False)
+            outputs[out_name] = top_down = lateral
+        return outputs
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_topdown_backbone(cfg, input_shape: ShapeSpec):
+    """MODEL.RESNETS with MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM}; start IN_FEATURES at the finest map needed."""
+    return TopDown(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+    )

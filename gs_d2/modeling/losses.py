@@ -1,0 +1,95 @@
+"""Losses of eq. 2 and 5: per-box regression losses and the weights that make them a sum of per-group means.
+
+Shape shorthand: P boxes, B images, R anchors of an image over all feature maps, G groups.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MIN_IOU = 1e-6  # -ln IoU of boxes that do not touch: finite, and without gradient
+
+
+def paired_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Differentiable IoU of box i of one set with box i of the other; Tensor[P, 4] twice -> float32 Tensor[P].
+
+    Identical boxes give exactly 1, boxes that do not touch or are both empty 0.
+    """
+    boxes1, boxes2 = boxes1.float(), boxes2.float()
+    inter_wh = torch.minimum(boxes1[:, 2:], boxes2[:, 2:]) - torch.maximum(boxes1[:, :2], boxes2[:, :2])
+    inter = inter_wh.clamp(min=0).prod(dim=1)
+    area1 = (boxes1[:, 2:] - boxes1[:, :2]).prod(dim=1)
+    area2 = (boxes2[:, 2:] - boxes2[:, :2]).prod(dim=1)
+    union = area1 + area2 - inter
+    return inter / union.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def least_square_iou_loss(pred_boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """(1 - IoU)^2 of eq. 5, Tensor[P]; unlike -ln IoU its gradient is exactly 0 where IoU = 1."""
+    return (1 - paired_iou(pred_boxes, gt_boxes)) ** 2
+
+
+def iou_loss(pred_boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """-ln IoU (UnitBox), Tensor[P]; at most -ln 1e-6."""
+    return -torch.log(paired_iou(pred_boxes, gt_boxes).clamp(min=_MIN_IOU))
+
+
+_BOX_LOSSES = {"least_square_iou": least_square_iou_loss, "iou": iou_loss}
+BOX_REG_LOSS_TYPES = ("smooth_l1", *_BOX_LOSSES)
+
+
+def box_regression_loss(
+    pred_deltas: Tensor,
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    box2box_transform,
+    *,
+    loss_type: str,
+    smooth_l1_beta: float,
+) -> Tensor:
+    """Regression loss of each box, in float32 even under autocast.
+
+    Args:
+        pred_deltas, anchors, gt_boxes (Tensor[P, 4]): prediction for each anchor and the box it is to become, which
+            must have positive width and height.
+        box2box_transform (Box2BoxTransform): eq. 13; its decoding clamps log sizes.
+        loss_type: "smooth_l1" on the deltas, "iou" or "least_square_iou" on the decoded box.
+        smooth_l1_beta (float): 0 is plain L1.
+
+    Returns:
+        float32 Tensor[P]; smooth-L1 is summed over the four deltas.
+    """
+    pred_deltas = pred_deltas.float()
+    if loss_type == "smooth_l1":
+        gt_deltas = box2box_transform.get_deltas(anchors, gt_boxes)
+        if smooth_l1_beta < 1e-5:
+            return F.l1_loss(pred_deltas, gt_deltas, reduction="none").sum(dim=1)
+        return F.smooth_l1_loss(pred_deltas, gt_deltas, reduction="none", beta=smooth_l1_beta).sum(dim=1)
+    if loss_type not in _BOX_LOSSES:
+        raise ValueError(f"loss_type must be one of {', '.join(BOX_REG_LOSS_TYPES)}, got {loss_type!r}")
+    return _BOX_LOSSES[loss_type](box2box_transform.apply_deltas(pred_deltas, anchors), gt_boxes)
+
+
+def group_counts(mask: Tensor, group_idxs: Tensor, num_groups: int) -> Tensor:
+    """How many anchors of each image and group are set in a bool Tensor[B, R]; float32 Tensor[B, G].
+
+    group_idxs is int64 [R], in [0, G).
+    """
+    counts = torch.zeros(mask.shape[0], num_groups, device=mask.device)
+    return counts.scatter_add_(1, group_idxs.expand_as(mask), mask.float())
+
+
+def group_mean_weights(mask: Tensor, group_idxs: Tensor, num_groups: int) -> Tensor:
+    """Weights that turn a sum over the anchors of `mask` into eq. 2's sum over groups of per-group means.
+
+    Args:
+        mask (bool Tensor[B, R]): the samples that take part.
+        group_idxs (int64 Tensor[R]): group of each anchor, in [0, num_groups).
+
+    Returns:
+        float32 Tensor[B, R]: 1 / (B |S|) for the samples of a group S of an image, 0 elsewhere. An empty group has
+        no weight at all.
+    """
+    counts = group_counts(mask, group_idxs, num_groups)
+    per_group = 1.0 / (counts.clamp(min=1) * mask.shape[0])
+    return per_group.gather(1, group_idxs.expand_as(mask)) * mask

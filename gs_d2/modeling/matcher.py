@@ -1,0 +1,78 @@
+"""Two-pass matching of anchors to ground truth (paper, section 4.1)."""
+
+import torch
+from torch import Tensor
+
+from gs_d2 import ops
+
+
+class TwoPassMatcher:
+    """Labels anchors by two-pass matching; call it as Detectron2's ``Matcher``, or better, on boxes with :meth:`match`.
+
+    Args:
+        thresholds (list[float]): [low, high], 0 < low <= high <= 1; the paper's [0.4, 0.6] in the RPN and [0.5, 0.6]
+            in Fast R-CNN.
+        labels (list[int]): what the three ranges are called; only [0, -1, 1] is two-pass matching.
+        second_pass: "best", "all" or "none"; see :func:`gs_d2.ops.two_pass_match`.
+        ignore_thresh (float): see :func:`gs_d2.ops.two_pass_match`.
+    """
+
+    def __init__(self, thresholds, labels=(0, -1, 1), *, second_pass="best", ignore_thresh=0.5):
+        if len(thresholds) != 2 or not 0 < thresholds[0] <= thresholds[1] <= 1:
+            raise ValueError(f"thresholds must be [low, high] with 0 < low <= high <= 1, got {list(thresholds)}")
+        if list(labels) != [0, -1, 1]:
+            raise ValueError(f"labels must be [0, -1, 1], got {list(labels)}")
+        if second_pass not in ("best", "all", "none"):
+            raise ValueError(f"second_pass must be best, all or none, got {second_pass!r}")
+        self.low, self.high = (float(threshold) for threshold in thresholds)
+        self.second_pass = second_pass
+        self.ignore_thresh = ignore_thresh
+
+    def match(self, gt_boxes: Tensor, anchors: Tensor, **images_and_ignores) -> ops.TwoPassMatch:
+        """:func:`gs_d2.ops.two_pass_match` with this matcher's settings; no M x N matrix is made."""
+        return ops.two_pass_match(
+            gt_boxes,
+            anchors,
+            low=self.low,
+            high=self.high,
+            second_pass=self.second_pass,
+            ignore_thresh=self.ignore_thresh,
+            **images_and_ignores,
+        )
+
+    def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Matches on a given matrix, as Detectron2's ``Matcher`` does.
+
+        Args:
+            match_quality_matrix (Tensor[M, N]): IoU of each ground truth (row) with each anchor (column), in [0, 1].
+
+        Returns:
+            matches (int64 Tensor[N]), match_labels (int8 Tensor[N]): as :func:`gs_d2.ops.two_pass_match`; all zeros
+            where M = 0.
+        """
+        num_gts, num_anchors = match_quality_matrix.shape
+        matches = match_quality_matrix.new_zeros(num_anchors, dtype=torch.int64)
+        match_labels = match_quality_matrix.new_zeros(num_anchors, dtype=torch.int8)
+        if match_quality_matrix.numel() == 0:
+            return matches, match_labels
+        ious, matches = match_quality_matrix.max(dim=0)
+        # max() may name any row of a tie; the first is wanted.
+        matches = (match_quality_matrix == ious).to(torch.int8).argmax(dim=0)
+        positive, ignored = ious >= self.high, (ious >= self.low) & (ious < self.high)
+        match_labels[ignored] = -1
+        match_labels[positive] = 1
+        if self.second_pass == "none":
+            return matches, match_labels
+
+        taken = ious.new_zeros(num_gts, dtype=torch.bool).index_fill_(0, matches[positive], True)
+        candidates = ignored & ~taken[matches]
+        if self.second_pass == "best":
+            offers = torch.where(candidates, ious, ious.new_tensor(-1.0))
+            best = ious.new_full((num_gts,), -1.0).scatter_reduce_(0, matches, offers, "amax")
+            candidates &= ious == best[matches]
+            idxs = torch.arange(num_anchors, device=ious.device)
+            first = idxs.new_full((num_gts,), num_anchors)
+            first.scatter_reduce_(0, matches, torch.where(candidates, idxs, num_anchors), "amin")
+            candidates &= idxs == first[matches]
+        match_labels[candidates] = 1
+        return matches, match_labels

@@ -1,0 +1,87 @@
+"""Group sampling: which labelled anchors take part in the loss (paper, section 4.2)."""
+
+import torch
+from torch import Tensor
+
+from gs_d2 import ops
+
+
+def group_by_scale(scales: Tensor, group_scales) -> Tensor:
+    """The group of each box: the nearest of `group_scales` in log2, eq. 4.
+
+    Args:
+        scales (Tensor[...]): sqrt(w * h) in pixels, positive.
+        group_scales (sequence of float): positive, in pixels, G of them.
+
+    Returns:
+        int64 Tensor of the same shape, in [0, G); the lower index where two are equally near.
+    """
+    group_scales = torch.as_tensor(group_scales, dtype=torch.float32, device=scales.device)
+    return (scales.float()[..., None].log2() - group_scales.log2()).abs().argmin(dim=-1)
+
+
+class GroupSampler:
+    """Draws the same number of samples from each group, positives : negatives = 1 : 3.
+
+    Args:
+        num_groups (int): G; 1 is the usual sampling without groups.
+        num_per_group (int): N of the paper, per image.
+        positive_fraction (float): largest share of positives in a group.
+        method: "random", "wrs" or "ohem"; see :func:`gs_d2.ops.group_subsample`.
+    """
+
+    METHODS = ("random", "wrs", "ohem")
+
+    def __init__(self, num_groups, num_per_group, positive_fraction=0.25, method="random"):
+        if method not in self.METHODS:
+            raise ValueError(f"method must be one of {', '.join(self.METHODS)}, got {method!r}")
+        self.num_groups = num_groups
+        self.num_per_group = num_per_group
+        self.positive_fraction = positive_fraction
+        self.method = method
+
+    @property
+    def max_positives(self) -> int:
+        """The most positives that can be drawn from one image."""
+        return self.num_groups * int(self.num_per_group * self.positive_fraction)
+
+    def __call__(self, match_labels: Tensor, group_idxs: Tensor, losses: Tensor | None = None, seed=None) -> Tensor:
+        """Samples anchors.
+
+        Args:
+            match_labels (int8 Tensor[N] or [B, N]), group_idxs (int64 Tensor[N] or [B, N]): as
+                :func:`gs_d2.ops.group_subsample`.
+            losses (Tensor, shape of match_labels): classification loss of each anchor; not looked at by "random".
+            seed (int or 0-dim int64 Tensor): None draws one from torch's CPU generator.
+
+        Returns:
+            int8 Tensor of match_labels' shape: 1 or 0 where drawn, -1 elsewhere.
+        """
+        return ops.group_subsample(
+            match_labels,
+            group_idxs,
+            num_groups=self.num_groups,
+            num_per_group=self.num_per_group,
+            positive_fraction=self.positive_fraction,
+            method=self.method,
+            losses=None if self.method == "random" else losses,
+            seed=seed,
+        )
+
+    def subsample_labels(
+        self, labels: Tensor, group_idxs: Tensor, bg_label: int, losses: Tensor | None = None, seed=None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples class labels and returns indices, as Detectron2's ``subsample_labels`` does.
+
+        Args:
+            labels (integer Tensor[N]): -1 is ignored, `bg_label` is background, anything else foreground.
+            group_idxs, losses, seed: as when called.
+            bg_label (int): the number of classes in ROI heads, 0 in an RPN.
+
+        Returns:
+            pos_idx, neg_idx (int64 Tensors): rows drawn, ascending. Their number depends on the labels, so this waits
+            for the GPU; the call itself does not.
+        """
+        match_labels = torch.where(labels == -1, -1, (labels != bg_label).to(torch.int8)).to(torch.int8)
+        sampled = self(match_labels, group_idxs, losses, seed)
+        return torch.nonzero(sampled == 1)[:, 0], torch.nonzero(sampled == 0)[:, 0]

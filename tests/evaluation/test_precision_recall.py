@@ -1,0 +1,115 @@
+"""Average precision, the overlap with +1, and the published curves."""
+
+import numpy as np
+import pytest
+
+from gs_d2.evaluation.curves import load_curves, plot_pr_curves, read_official_curves, save_curves
+from gs_d2.evaluation.precision_recall import PrecisionRecallCurve, all_points_ap, pixel_iou
+
+
+def test_ap_of_a_curve_done_by_hand():
+    # Envelope: 1 up to recall 0.25, 0.75 up to 0.75, then nothing.
+    assert all_points_ap([0.25, 0.25, 0.5, 0.75], [1.0, 0.5, 0.6, 0.75]) == pytest.approx(0.25 + 0.5 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("recall", "precision", "ap"),
+    [
+        ([], [], 0.0),
+        ([0.0, 0.0], [np.nan, np.nan], 0.0),
+        ([0.0, 1.0], [np.nan, 1.0], 1.0),
+        ([0.5, 0.5], [1.0, 0.1], 0.5),
+        ([1.0], [0.25], 0.25),
+    ],
+)
+def test_ap_of_small_curves(recall, precision, ap):
+    assert all_points_ap(recall, precision) == ap
+
+
+def test_ap_without_faces_is_nan():
+    curve = PrecisionRecallCurve.from_counts(np.zeros(3), np.arange(3), 0)
+    assert np.isnan(curve.ap)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ap_against_its_definition(seed):
+    """The area under max(precision at this recall or more), integrated step by step."""
+    rng = np.random.default_rng(seed)
+    recall = np.sort(rng.integers(0, 12, size=30)) / 12
+    precision = np.where(rng.random(30) < 0.1, np.nan, rng.random(30))
+    expected, previous = 0.0, 0.0
+    for value in sorted(set(recall)):
+        best = np.nanmax(precision[recall >= value], initial=0.0)
+        expected += (value - previous) * best
+        previous = value
+    assert all_points_ap(recall, precision) == pytest.approx(expected, abs=1e-12)
+
+
+def literal_iou(a, b, touching):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if (width + 1 <= 0 or height + 1 <= 0) if touching else (width <= 0 or height <= 0):
+        return 0.0
+    intersection = (width + 1) * (height + 1)
+    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    return intersection / (sum(areas) - intersection)
+
+
+@pytest.mark.parametrize("touching", [True, False])
+def test_pixel_iou_against_one_pair_at_a_time(touching):
+    rng = np.random.default_rng(0)
+    gt, boxes = (rng.integers(0, 12, size=(n, 4)).astype(float) for n in (30, 40))  # many inverted or degenerate
+    boxes[::3] += rng.random((len(boxes[::3]), 4))
+    with np.errstate(all="raise"):
+        ious = pixel_iou(gt, boxes, touching=touching)
+    expected = [[literal_iou(a, b, touching) for b in boxes] for a in gt]
+    np.testing.assert_allclose(ious, expected, rtol=1e-14)
+    assert (np.array(expected) > 0).any()
+
+
+def test_pixel_iou_counts_pixels():
+    # One pixel against itself, two neighbours of one pixel each, and absurd coordinates.
+    assert pixel_iou(np.array([[5.0, 5, 5, 5]]), np.array([[5.0, 5, 5, 5]])) == 1
+    assert pixel_iou(np.array([[0.0, 0, 9, 9]]), np.array([[9.0, 0, 18, 9]])) == pytest.approx(10 / 190)
+    assert pixel_iou(np.array([[0.0, 0, 9, 9]]), np.array([[9.0, 0, 18, 9]]), touching=False) == 0
+    assert pixel_iou(np.array([[0.0, 0, 9, 9]]), np.array([[0.0, 0, 1e308, 1e308]])) == 0
+    assert pixel_iou(np.zeros((0, 4)), np.zeros((3, 4))).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "aps"),
+    [("HR", (0.9257, 0.9105, 0.8060)), ("SSH", (0.9312, 0.9211, 0.8458)), ("SFD", (0.9378, 0.9256, 0.8590))],
+)
+def test_published_curves(data_dir, method, aps):
+    curves = read_official_curves(data_dir / "wider_face" / "pr_curves")[method]
+    assert [curves[subset].ap for subset in ("easy", "medium", "hard")] == pytest.approx(aps, abs=1e-4)
+
+
+def test_curves_on_disk(tmp_path):
+    curves = {"easy": PrecisionRecallCurve(np.array([0.0, 0.5]), np.array([np.nan, 0.75]))}
+    save_curves(curves | {"blur.heavy": curves["easy"]}, tmp_path / "curves.npz")
+    loaded = load_curves(tmp_path / "curves.npz")
+    assert set(loaded) == {"easy", "blur.heavy"}
+    np.testing.assert_array_equal(loaded["easy"].precision, curves["easy"].precision)
+    np.testing.assert_array_equal(loaded["easy"].recall, curves["easy"].recall)
+
+
+def test_no_official_curves(tmp_path):
+    with pytest.raises(FileNotFoundError, match="wider_pr_info"):
+        read_official_curves(tmp_path)
+    (tmp_path / "wider_pr_info_X_easy_val.mat").write_bytes(b"not HDF5")
+    with pytest.raises(ValueError, match="wider_pr_info_X_easy_val"):
+        read_official_curves(tmp_path)
+
+
+def test_plot_has_a_line_for_each_method(tmp_path):
+    recall = np.linspace(0, 0.9, 50)
+    methods = {
+        f"m{i}": {
+            "easy": PrecisionRecallCurve(recall, 1 - recall * i / 20),
+            "all": PrecisionRecallCurve(recall, recall),
+        }
+        for i in range(12)
+    }
+    plot_pr_curves(methods, tmp_path / "curve.svg")
+    picture = (tmp_path / "curve.svg").read_text()
+    assert picture.count("<!-- m") == 2 * 12  # matplotlib notes each legend text so

@@ -1,0 +1,190 @@
+"""`WiderFaceEvaluator` on made-up outputs: one process and two, with and without the official files."""
+
+import json
+import logging
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+
+from gs_d2.evaluation import (
+    WiderFaceEvaluator,
+    WiderGroundTruth,
+    evaluate_wider_face,
+    read_wider_predictions,
+)
+
+NAME = "wider_face_evaluator_test"
+IDS = [f"{i % 3}--Event/image_{i}" for i in range(9)]
+
+
+def dataset_dicts():
+    rng = np.random.default_rng(0)
+    dicts = []
+    for image_id in IDS:
+        corners = rng.integers(0, 80, size=(5, 2))
+        boxes = np.concatenate([corners, corners + rng.integers(0, 30, size=(5, 2))], axis=1)
+        dicts.append(
+            {
+                "file_name": f"{image_id}.jpg",
+                "image_id": image_id,
+                "gt_boxes": boxes.astype(np.float32),
+                "gt_ignore": np.zeros(5, dtype=bool),
+                "attributes": {"invalid": (rng.random(5) < 0.2).astype(np.uint8)},
+            }
+        )
+    return dicts
+
+
+def outputs_of(dicts, with_scales=True):
+    rng = np.random.default_rng(1)
+    outputs = []
+    for image in dicts:
+        boxes = image["gt_boxes"].repeat(2, axis=0) + rng.normal(size=(10, 4)) * 2
+        instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+        instances.scores = torch.rand(10, generator=torch.Generator().manual_seed(len(outputs)))
+        if with_scales:
+            instances.group_scales = torch.tensor(rng.choice([16.0, 32.0, 64.0], size=10))
+        outputs.append({"instances": instances})
+    return outputs
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    dicts = dataset_dicts()
+    DatasetCatalog.register(NAME, lambda: dicts)
+    MetadataCatalog.get(NAME).set(
+        evaluator_type="wider_face", ground_truth_dir=str(tmp_path / "ground_truth"), thing_classes=["face"]
+    )
+    yield dicts
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def test_figures_files_and_table(dataset, tmp_path, caplog):
+    evaluator = WiderFaceEvaluator(NAME, str(tmp_path / "out"), setting={"test sizes": "640", "NMS": 0.5})
+    with caplog.at_level(logging.INFO):
+        evaluator.process([{"image_id": "0--Event/stale"}], outputs_of(dataset[:1]))
+        evaluator.reset()
+        for image, output in zip(dataset, outputs_of(dataset), strict=True):
+            evaluator.process([image], [output])
+        results = evaluator.evaluate()
+    figures = results["wider_face"]
+    assert list(figures) == ["all", "all_valid", "all@16", "all@32", "all@64"]
+
+    # The files written give the very same figures, which are percents of the fractions in results.json.
+    ground_truth = WiderGroundTruth.from_boxes(
+        IDS, [d["gt_boxes"] for d in dataset], [d["attributes"] for d in dataset]
+    )
+    predictions = read_wider_predictions(tmp_path / "out" / "predictions", IDS)
+    again = evaluate_wider_face(ground_truth, predictions.detections)
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("all", "all_valid"):
+        assert 0 < figures[name] < 100
+        assert figures[name] == 100 * again.curves[name].ap == 100 * saved[name]
+    assert saved["easy"] is None and saved["setting"] == {"test sizes": "640", "NMS": 0.5}
+    assert 0 < figures["all@16"] < figures["all"]
+    assert (tmp_path / "out" / "pr_curves.npz").is_file()
+    assert (tmp_path / "out" / "pr_curve.png").read_bytes().startswith(b"\x89PNG")
+
+    assert "setting: test sizes 640, NMS 0.5" in caplog.text and "All @16" in caplog.text
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1 and str(tmp_path / "ground_truth") in warnings[0]
+
+
+def test_float_boxes_become_official_rows(dataset, tmp_path):
+    evaluator = WiderFaceEvaluator(NAME, str(tmp_path / "out"))
+    instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor([[1.25, 2.0, 11.5, 32.125]])))
+    instances.scores = torch.tensor([0.5])
+    evaluator.process([{"image_id": IDS[0]}], [{"instances": instances}])
+    evaluator.evaluate()
+    lines = (tmp_path / "out" / "predictions" / f"{IDS[0]}.txt").read_text().splitlines()
+    assert lines == ["image_0", "1", "1.250 2.000 10.250 30.125 0.50000000"]
+
+
+def test_images_not_processed_are_reported(dataset, caplog):
+    evaluator = WiderFaceEvaluator(NAME)
+    evaluator.process(dataset[:4], outputs_of(dataset)[:4])
+    figures = evaluator.evaluate()["wider_face"]
+    assert "5 of 9 images" in caplog.text
+    full = WiderFaceEvaluator(NAME)
+    full.process(dataset, outputs_of(dataset))
+    assert figures["all"] < full.evaluate()["wider_face"]["all"]
+
+
+def test_no_detection_at_all(dataset):
+    evaluator = WiderFaceEvaluator(NAME)
+    empty = Instances((100, 100), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
+    evaluator.process(dataset, [{"instances": empty}] * len(dataset))
+    assert evaluator.evaluate()["wider_face"] == {"all": 0.0, "all_valid": 0.0}
+
+
+def test_nan_is_refused_with_the_image(dataset):
+    outputs = outputs_of(dataset[:1])
+    outputs[0]["instances"].scores[3] = float("nan")
+    with pytest.raises(ValueError, match="0--Event/image_0: 1 detections"):
+        WiderFaceEvaluator(NAME).process(dataset[:1], outputs)
+
+
+def test_official_subsets_on_the_mini_set(data_dir, dataset):
+    """Through the evaluator, the published predictions give the expected figures."""
+    ground_truth_dir = data_dir / "mini_wider" / "widerface" / "ground_truth"
+    MetadataCatalog.remove(NAME)
+    MetadataCatalog.get(NAME).set(ground_truth_dir=str(ground_truth_dir))
+    image_ids = WiderGroundTruth.from_mat_files(ground_truth_dir).image_ids
+    zip_path = data_dir / "mini_wider" / "predictions_detector_a.zip"
+    evaluator = WiderFaceEvaluator(NAME, distributed=False)
+    for image_id, rows in read_wider_predictions(zip_path, image_ids).detections.items():
+        boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], axis=1)
+        instances = Instances((800, 800), pred_boxes=Boxes(torch.tensor(boxes)))
+        instances.scores = torch.tensor(rows[:, 4])
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    figures = evaluator.evaluate()["wider_face"]
+    expected = json.loads((data_dir / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
+    for name, ap in expected.items():
+        assert figures[name] == pytest.approx(100 * ap, abs=1e-4)
+
+
+def test_official_files_of_other_images_are_not_used(data_dir, dataset):
+    MetadataCatalog.remove(NAME)
+    MetadataCatalog.get(NAME).set(ground_truth_dir=str(data_dir / "mini_wider/widerface/ground_truth"))
+    evaluator = WiderFaceEvaluator(NAME)
+    evaluator.process(dataset, outputs_of(dataset, with_scales=False))
+    figures = evaluator.evaluate()["wider_face"]
+    assert list(figures) == ["all", "all_valid"] and figures["all"] > 0
+
+
+def _run_process(rank, port, output_dir, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dicts = dataset_dicts()
+    DatasetCatalog.register(NAME, lambda: dicts)
+    evaluator = WiderFaceEvaluator(NAME, output_dir)
+    outputs = outputs_of(dicts)
+    evaluator.process(dicts[rank::2], outputs[rank::2])
+    queue.put((rank, evaluator.evaluate()))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_figures_of_one(dataset, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    arguments = (port, str(tmp_path / "two"), queue)
+    torch.multiprocessing.start_processes(_run_process, arguments, nprocs=2, start_method="spawn")
+    results = dict(queue.get() for _ in range(2))
+    evaluator = WiderFaceEvaluator(NAME, str(tmp_path / "one"))
+    evaluator.process(dataset, outputs_of(dataset))
+    assert results == {0: evaluator.evaluate(), 1: {}}
+    names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.txt"))
+    assert len(names) == 9
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -1,0 +1,127 @@
+"""RPNDetector, its backbone and head, built without and with a config."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from test_rpn import build as build_rpn
+from torch import nn
+
+from gs_d2.config import add_gs_config
+from gs_d2.modeling import RPNDetector, SoftmaxRPNHead, TopDown
+
+
+class BottomUp(Backbone):
+    """res2, res3, res4 by average pooling; the channels tell the level."""
+
+    def __init__(self, channels=(4, 6, 8)):
+        super().__init__()
+        self.channels = channels
+
+    def output_shape(self):
+        return {f"res{i + 2}": ShapeSpec(channels=c, stride=4 << i) for i, c in enumerate(self.channels)}
+
+    def forward(self, x):
+        return {f"res{i + 2}": F.avg_pool2d(x, 4 << i).repeat(1, c, 1, 1)[:, :c] for i, c in enumerate(self.channels)}
+
+
+def test_top_down_is_lateral_plus_bilinear():
+    torch.manual_seed(0)
+    net = TopDown(BottomUp(), ["res2", "res3", "res4"], 8)
+    image = torch.rand(2, 3, 64, 96)
+    features, outputs = net.bottom_up(image), net(image)
+    p4 = net.fpn_lateral4(features["res4"])
+    p3 = net.fpn_lateral3(features["res3"]) + F.interpolate(p4, scale_factor=2, mode="bilinear", align_corners=False)
+    p2 = net.fpn_lateral2(features["res2"]) + F.interpolate(p3, scale_factor=2, mode="bilinear", align_corners=False)
+    for name, expected in {"p2": p2, "p3": p3, "p4": p4}.items():
+        assert torch.equal(outputs[name], expected)
+    assert net.size_divisibility == 16
+    assert {k: (v.channels, v.stride) for k, v in net.output_shape().items()} == {
+        "p2": (8, 4), "p3": (8, 8), "p4": (8, 16),
+    }  # fmt: skip
+    # No 3x3 output convolution, one lateral per level.
+    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == 3
+
+
+def test_top_down_needs_doubling_strides():
+    with pytest.raises(ValueError, match="in_features must double in stride"):
+        TopDown(BottomUp(), ["res2", "res4"], 8)
+
+
+def test_softmax_head_shapes():
+    head = SoftmaxRPNHead(in_channels=8, num_anchors=3)
+    logits, deltas = head([torch.rand(2, 8, 5, 7), torch.rand(2, 8, 3, 4)])
+    assert [tuple(x.shape) for x in logits] == [(2, 6, 5, 7), (2, 6, 3, 4)]
+    assert [tuple(x.shape) for x in deltas] == [(2, 12, 5, 7), (2, 12, 3, 4)]
+
+
+def detector():
+    torch.manual_seed(0)
+    return RPNDetector(
+        backbone=TopDown(BottomUp(), ["res2", "res3", "res4"], 8),
+        proposal_generator=build_rpn(),
+        pixel_mean=(120.0, 110.0, 100.0),
+        pixel_std=(60.0, 60.0, 60.0),
+        max_detections=7,
+    )
+
+
+def batch(sizes=((90, 70), (64, 100))):
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for height, width in sizes:
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[10.0, 10, 40, 40]]))
+        inputs.append(
+            {
+                "image": torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8),
+                "instances": instances,
+                "ignore_boxes": Boxes(torch.zeros(0, 4)),
+            }
+        )
+    return inputs
+
+
+def test_detector_trains_and_detects():
+    model = detector()
+    with EventStorage():
+        losses = model(batch())
+        sum(losses.values()).backward()
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc"}
+    model.eval()
+    inputs = batch()
+    inputs[0] |= {"height": 180, "width": 140}
+    results = model(inputs)
+    for result, (height, width) in zip(results, ((180, 140), (64, 100)), strict=True):
+        instances = result["instances"]
+        assert instances.image_size == (height, width)
+        assert 0 < len(instances) <= 7
+        assert set(instances.get_fields()) == {"pred_boxes", "scores", "pred_classes", "group_scales"}
+        assert (instances.pred_classes == 0).all()
+        assert ((instances.scores > 0) & (instances.scores < 1)).all()
+        boxes = instances.pred_boxes.tensor
+        assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+
+
+def test_images_without_ignore_boxes():
+    model = detector()
+    inputs = batch()
+    for x in inputs:
+        del x["ignore_boxes"]
+    with EventStorage():
+        assert all(torch.isfinite(loss) for loss in model(inputs).values())
+
+
+def test_config_builds_the_same_classes():
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file("configs/quick/demo.yaml")
+    model = build_model(cfg)
+    assert isinstance(model, RPNDetector)
+    assert model.proposal_generator.sampler.num_groups == 4
+    cfg.MODEL.GS.GROUP_SAMPLING = False
+    assert build_model(cfg).proposal_generator.sampler.num_groups == 1

@@ -1,0 +1,182 @@
+import pytest
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from gs_d2.modeling import GroupSampler, GroupSamplingRPN, ScaleStrideAnchorGenerator, SoftmaxRPNHead, TwoPassMatcher
+from gs_d2.modeling.sampling import group_by_scale
+
+SCALES = [16, 32, 64, 128]
+
+
+def build(**changes):
+    arguments = dict(
+        in_features=["p2"],
+        head=SoftmaxRPNHead(in_channels=8, num_anchors=4),
+        anchor_generator=ScaleStrideAnchorGenerator(sizes=[SCALES], aspect_ratios=[[1.0]], feature_strides=[4]),
+        anchor_matcher=TwoPassMatcher([0.4, 0.6]),
+        sampler=GroupSampler(4, 64),
+        group_scales=SCALES,
+        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        pre_nms_topk=(500, 800),
+        post_nms_topk=(50, 100),
+        nms_thresh=0.5,
+    )
+    torch.manual_seed(0)
+    return GroupSamplingRPN(**{**arguments, **changes})
+
+
+def inputs(num_images=2, size=128, gts=((20.0, 20, 43, 43), (60.0, 60, 100, 100))):
+    images = ImageList(torch.zeros(num_images, 3, size, size), [(size, size)] * num_images)
+    generator = torch.Generator().manual_seed(1)
+    features = {"p2": torch.rand(num_images, 8, size // 4, size // 4, generator=generator)}
+    instances = []
+    for _ in range(num_images):
+        instance = Instances((size, size))
+        instance.gt_boxes = Boxes(torch.tensor(gts, dtype=torch.float32).reshape(-1, 4))
+        instances.append(instance)
+    return images, features, instances
+
+
+class CountingStorage(EventStorage):
+    def latest_values(self):
+        return {name: value for name, (value, _) in self.latest().items()}
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem"])
+def test_loss_is_eq_2(num_groups, method):
+    """Against the equation written out: a sum over groups of means over the samples drawn."""
+    rpn = build(sampler=GroupSampler(num_groups, 64, method=method), box_reg_loss_type="least_square_iou")
+    images, features, instances = inputs()
+    seen = []
+    draw = rpn.sampler.__call__
+    rpn.sampler = lambda *a: seen.append((a, draw(*a))) or seen[-1][1]
+    rpn.sampler.num_groups, rpn.sampler.max_positives = num_groups, num_groups * 16
+    with CountingStorage():
+        _, losses = rpn(images, features, instances, with_proposals=False)
+    (match_labels, group_idxs, anchor_losses), sampled = seen[0]
+    if method != "random":
+        assert not anchor_losses.requires_grad
+
+    anchors = rpn.anchor_generator([features["p2"]])[0].tensor
+    logits, deltas = rpn.rpn_head([features["p2"]])
+    logits, deltas = rpn.anchor_generator.flatten(logits, 2), rpn.anchor_generator.flatten(deltas, 4)
+    loss_cls = loss_loc = 0.0
+    for b, gt in enumerate(instances):
+        match = rpn.anchor_matcher.match(gt.gt_boxes.tensor, anchors)
+        assert torch.equal(match.match_labels, match_labels[b])
+        for group in range(num_groups):
+            drawn = torch.nonzero((sampled[b] >= 0) & (group_idxs == group))[:, 0]
+            positive = torch.nonzero((sampled[b] == 1) & (group_idxs == group))[:, 0]
+            log_p = logits[b].log_softmax(dim=1)
+            loss_cls += -log_p[drawn, sampled[b][drawn].long()].mean() / len(instances)
+            if len(positive):
+                target = gt.gt_boxes.tensor[match.matched_idxs[positive]]
+                boxes = rpn.box2box_transform.apply_deltas(deltas[b][positive], anchors[positive])
+                inter = (torch.min(boxes[:, 2:], target[:, 2:]) - torch.max(boxes[:, :2], target[:, :2])).clamp(min=0)
+                inter = inter.prod(dim=1)
+                union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (target[:, 2:] - target[:, :2]).prod(1) - inter
+                loss_loc += ((1 - inter / union) ** 2).mean() / len(instances)
+    torch.testing.assert_close(losses["loss_rpn_cls"], loss_cls, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["loss_rpn_loc"], loss_loc, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["smooth_l1", "iou", "least_square_iou"])
+@pytest.mark.parametrize("gts", [(), ((20.0, 20, 43, 43),)])
+def test_every_parameter_gets_a_gradient(loss_type, gts):
+    """Also without any face: DDP must see every parameter (SPEC section 2, row 5)."""
+    rpn = build(box_reg_loss_type=loss_type)
+    images, features, instances = inputs(gts=gts)
+    with EventStorage():
+        _, losses = rpn(images, features, instances, with_proposals=False)
+        sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    if not gts:
+        assert losses["loss_rpn_loc"] == 0
+    for name, parameter in rpn.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_batch_is_the_mean_of_its_images():
+    """With every anchor drawn, nothing is random: two different images together equal their mean."""
+    rpn = build(sampler=GroupSampler(4, 10**6, positive_fraction=1.0))
+    images, features, instances = inputs()
+    instances[1] = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[5.0, 5, 21, 21]])))
+    single = []
+    with EventStorage():
+        _, together = rpn(images, features, instances, with_proposals=False)
+        for b in range(2):
+            one = ImageList(images.tensor[b : b + 1], images.image_sizes[b : b + 1])
+            _, losses = rpn(one, {"p2": features["p2"][b : b + 1]}, instances[b : b + 1], with_proposals=False)
+            single.append(losses)
+    for name, value in together.items():
+        torch.testing.assert_close(value, (single[0][name] + single[1][name]) / 2)
+
+
+def test_ignore_boxes_are_never_negative():
+    rpn = build(sampler=GroupSampler(4, 10**6, positive_fraction=1.0))
+    _, features, instances = inputs(num_images=1)
+    anchors = rpn.anchor_generator([features["p2"]])[0].tensor
+    gt_boxes = [x.gt_boxes for x in instances]
+    region = Boxes(torch.tensor([[0.0, 0, 128, 50]]))
+    without, _, _ = rpn.label_anchors(anchors, gt_boxes, [Boxes(torch.zeros(0, 4))])
+    with_region, _, _ = rpn.label_anchors(anchors, gt_boxes, [region])
+    inside = (anchors[:, 3] <= 50) & (anchors[:, 1] >= 0) & (anchors[:, 0] >= 0) & (anchors[:, 2] <= 128)
+    assert (without[0][inside] == 0).any()
+    assert (with_region[0][inside] != 0).all()
+    assert torch.equal(without == 1, with_region == 1)
+
+
+def test_group_statistics_are_logged_by_scale():
+    rpn = build(sampler=GroupSampler(1, 64))
+    images, features, instances = inputs()
+    with CountingStorage() as storage:
+        rpn(images, features, instances, with_proposals=False)
+        values = storage.latest_values()
+    assert sum(values[f"groups/{label}_sampled@{s}"] for s in SCALES for label in ("pos", "neg")) == 64
+    num_anchors = len(rpn.anchor_generator([features["p2"]])[0])
+    assert sum(values[f"groups/neg_matched@{s}"] for s in SCALES) <= num_anchors
+    assert {f"groups/loss_cls@{s}" for s in SCALES} <= set(values)
+
+
+def test_proposals():
+    rpn = build(score_thresh_test=0.3).eval()
+    nn.init.normal_(rpn.rpn_head.objectness_logits.weight, std=1.0)
+    images, features, _ = inputs()
+    images.image_sizes = [(128, 128), (100, 90)]
+    proposals, losses = rpn(images, features)
+    assert losses == {}
+    for proposal, (height, width) in zip(proposals, images.image_sizes, strict=True):
+        boxes, scores = proposal.proposal_boxes.tensor, proposal.objectness_logits
+        assert 0 < len(boxes) <= 100
+        assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+        assert (scores[:-1] >= scores[1:]).all() and (scores.sigmoid() >= 0.3).all()
+        assert set(proposal.anchor_scales.tolist()) <= set(map(float, SCALES))
+        from gs_d2 import ops
+
+        ious = ops.box_iou(boxes, boxes)
+        assert (ious.fill_diagonal_(0) <= 0.5).all()
+
+
+def test_proposals_drop_what_is_not_finite():
+    rpn = build().eval()
+    images, features, _ = inputs()
+    features["p2"][0, :, :5] = float("nan")
+    proposals, _ = rpn(images, features)
+    for proposal in proposals:
+        assert torch.isfinite(proposal.proposal_boxes.tensor).all()
+        assert torch.isfinite(proposal.objectness_logits).all()
+
+
+def test_unknown_loss_type():
+    with pytest.raises(ValueError, match="BBOX_REG_LOSS_TYPE must be one of smooth_l1, least_square_iou, iou"):
+        build(box_reg_loss_type="giou")
+
+
+def test_groups_of_other_scales():
+    """RetinaNet-like: three scales per octave fall into the nearest group."""
+    scales = torch.tensor([32.0, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3), 64])
+    assert group_by_scale(scales, [32, 64, 128, 256]).tolist() == [0, 0, 1, 1]

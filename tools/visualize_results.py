@@ -1,0 +1,99 @@
+"""Draws detections beside the ground truth: hits, misses and false alarms, one picture an image."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from gs_d2 import ops
+
+import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
+from gs_d2.evaluation import read_wider_predictions  # isort: skip
+
+from detectron2.data import DatasetCatalog
+
+HIT, MISS, FALSE_ALARM, IGNORED = (60, 220, 80), (255, 60, 60), (255, 170, 0), (150, 150, 150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="wider_face_val")
+    parser.add_argument("--predictions", required=True, help="folder or zip of WIDER FACE result files")
+    parser.add_argument("--output", required=True, help="folder for the pictures")
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="lowest score drawn")
+    parser.add_argument("--num-images", type=int, default=20, help="how many, evenly spread; 0 is all")
+    args = parser.parse_args()
+    try:
+        visualize(args.dataset, args.predictions, Path(args.output), args.score_thresh, args.num_images)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        sys.exit(f"visualize_results: {error}")
+
+
+def visualize(dataset, predictions, output, score_thresh, num_images):
+    """Writes `<output>/<image>.jpg`: on the left the ground truth, on the right the detections."""
+    records = DatasetCatalog.get(dataset)
+    detections = read_wider_predictions(predictions, [record["image_id"] for record in records]).detections
+    if num_images and num_images < len(records):
+        records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
+    output.mkdir(parents=True, exist_ok=True)
+    for record in tqdm(records, desc="drawing", unit="image"):
+        rows = detections.get(record["image_id"], np.zeros((0, 5)))
+        rows = rows[rows[:, 4] >= score_thresh]
+        boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], axis=1)
+        image = Image.open(record["file_name"]).convert("RGB")
+        found, hits = match(record["gt_boxes"], boxes)
+        colours = np.where(record["gt_ignore"], "ignored", np.where(found, "hit", "miss"))
+        left = draw(image, record["gt_boxes"], [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours])
+        right = draw(image, boxes, [HIT if hit else FALSE_ALARM for hit in hits], rows[:, 4])
+        num_faces = int((~record["gt_ignore"]).sum())
+        num_found = int((found & ~record["gt_ignore"]).sum())
+        picture = beside(
+            left,
+            right,
+            f"ground truth: {num_found} of {num_faces} faces found (green), {num_faces - num_found} missed (red)",
+            f"score >= {score_thresh:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false alarms (orange)",
+        )
+        picture.save(output / f"{os.path.basename(record['image_id'])}.jpg", quality=92)
+
+
+def match(gt_boxes, boxes):
+    """Which faces are found and which detections (by falling score) are right: IoU >= 0.5, one to one."""
+    found, hits = np.zeros(len(gt_boxes), bool), np.zeros(len(boxes), bool)
+    ious = ops.box_iou(torch.from_numpy(np.float32(boxes)), torch.from_numpy(np.float32(gt_boxes))).numpy()
+    for i, row in enumerate(ious):
+        row = np.where(found, 0, row)
+        if len(row) and row.max() >= 0.5:
+            found[row.argmax()] = hits[i] = True
+    return found, hits
+
+
+def draw(image, boxes, colours, scores=None):
+    image = image.copy()
+    canvas = ImageDraw.Draw(image)
+    width = 1 if len(boxes) > 60 else max(1, round(max(image.size) / 400))
+    for i, (box, colour) in enumerate(zip(boxes, colours, strict=True)):
+        if box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        canvas.rectangle([tuple(box[:2]), tuple(box[2:])], outline=colour, width=width)
+        if scores is not None and box[2] - box[0] >= 28:  # small faces would drown in labels
+            canvas.text((box[0] + width + 1, box[1] + width), f"{scores[i]:.2f}", fill=colour)
+    return image
+
+
+def beside(left, right, left_title, right_title, bar=22):
+    picture = Image.new("RGB", (left.width + right.width + 4, left.height + bar), (255, 255, 255))
+    picture.paste(left, (0, bar))
+    picture.paste(right, (left.width + 4, bar))
+    canvas = ImageDraw.Draw(picture)
+    canvas.text((4, 5), left_title, fill=(0, 0, 0))
+    canvas.text((left.width + 8, 5), right_title, fill=(0, 0, 0))
+    return ImageOps.expand(picture, 2, (255, 255, 255))
+
+
+if __name__ == "__main__":
+    main()

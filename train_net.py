@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Trains and evaluates, with Detectron2's own flags.
+
+python train_net.py --config-file configs/wider/fpn_finest_sampling.yaml --num-gpus 8
+python train_net.py --config-file ... --resume
+python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
+"""
+
+import os
+import sys
+
+import torch
+
+from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+import gs_d2.data
+import gs_d2.modeling  # noqa: F401  (registers the detectors)
+from gs_d2.config import add_gs_config, check_config
+from gs_d2.data import FaceDatasetMapper
+from gs_d2.evaluation import WiderFaceEvaluator
+
+
+class Trainer(DefaultTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=FaceDatasetMapper(cfg, is_train=False))
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if evaluator_type == "wider_face":
+            return WiderFaceEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
+        raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
+
+    # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
+    # at the first rate of the warm-up; main saves it under this very name.
+    def state_dict(self):
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def test_setting(cfg):
+    """What a figure depends on besides the weights; printed beside it."""
+    size = "original"
+    if cfg.INPUT.MIN_SIZE_TEST > 0:
+        size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
+    return {
+        "test size": size,
+        "score threshold": cfg.TEST.GS.SCORE_THRESH,
+        "boxes before NMS": cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
+        "NMS IoU": cfg.MODEL.RPN.NMS_THRESH,
+        "boxes per image": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+    }
+
+
+def setup(args):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    check_config(cfg)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} and torch sees no GPU. "
+            "Add MODEL.DEVICE cpu to the command, or use a config of configs/quick."
+        )
+    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
+        sys.exit("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gs_d2")
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser()
+    args = parser.parse_args()
+    if not args.config_file:
+        parser.error("--config-file is needed, for example configs/quick/demo.yaml")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
