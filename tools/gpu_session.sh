@@ -46,8 +46,11 @@ build_fuzz() {
     csrc/cuda/*.cu csrc/cpu/*.cpp tests/cuda_on_cpu/fuzz.cpp -o "$FUZZ"
 }
 
+# Only the ops' tests: the others need Detectron2. Without pytest there, take wheels/ along.
 tests() {
-  PYTHONPATH=$PWD "$PYTHON" -m pytest -q -m gpu tests --durations=10 -p no:cacheprovider
+  "$PYTHON" -c 'import pytest, hypothesis' 2> /dev/null ||
+    "$PYTHON" -m pip install --quiet --no-index --find-links wheels pytest hypothesis || return 1
+  PYTHONPATH=$PWD "$PYTHON" -m pytest -q -m gpu tests/ops --durations=10 -p no:cacheprovider
 }
 
 # fuzz CASES COMMAND...: the driver for each op, after COMMAND.
