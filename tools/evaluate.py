@@ -37,6 +37,8 @@ from gs_d2.evaluation.report import (
     wider_summary,
 )
 from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face
+from gs_d2.formats.face_eval import read_annotations
+from gs_d2.formats.fddb import read_annotations as read_ellipses
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -145,7 +147,7 @@ def other_methods(sources: list[str]) -> dict:
 
 
 def run_fddb(args: argparse.Namespace) -> dict:
-    annotations = fddb.read_annotations(args.ground_truth)
+    annotations = read_ellipses(args.ground_truth)
     detections = fddb.read_detections(args.predictions)
     if args.fit_ellipses:
         detections = {image: fddb.ellipses_from_rectangles(rows) for image, rows in detections.items()}
@@ -191,7 +193,7 @@ def score_note_of(detections: dict) -> str:
 
 
 def run_face_eval(args: argparse.Namespace) -> dict:
-    annotations = face_eval.read_annotations(args.ground_truth, args.benchmark)
+    annotations = read_annotations(args.ground_truth, args.benchmark)
     detections = face_eval.read_detections(args.predictions)
     result = face_eval.evaluate_face_eval(annotations, detections, y_shift=args.y_shift)
     if len(result.missing) == len(annotations.boxes) and result.num_unknown:
