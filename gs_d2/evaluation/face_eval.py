@@ -14,6 +14,7 @@ from gs_d2.formats.face_eval import MIN_FACE, FaceEvalAnnotations, image_name
 from gs_d2.formats.files import FileTree, parse_rows
 
 from .precision_recall import PrecisionRecallCurve, pixel_iou
+from .prediction_files import BOX_FORMAT, SCORE_FORMAT
 from .progress import track
 
 _MIN_DETECTION = int(np.sqrt(0.5 * MIN_FACE * MIN_FACE))  # 21; detections with both sides this small are dropped
@@ -57,6 +58,18 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
                     raise ValueError(f"{where}: {image} is in another file too; give the results of one detector")
                 images[image] = values[indices]
     return images
+
+
+def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes lines `image score x1 y1 x2 y2`, images and detections in the order given.
+
+    Args:
+        detections: image name -> ndarray[n, 5]: `x1 y1 x2 y2 score`.
+        path: the file.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for image, rows in detections.items():
+            file.writelines(f"{image} {SCORE_FORMAT % row[4]} {BOX_FORMAT % tuple(row[:4])}\n" for row in rows)
 
 
 @dataclass(frozen=True)

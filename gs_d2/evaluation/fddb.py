@@ -15,6 +15,7 @@ from gs_d2.formats.files import FileTree
 
 from . import fddb_ellipse_fit
 from .fddb_regions import ellipse_spans, estimate_image_size, rectangle_spans
+from .prediction_files import BOX_FORMAT, SCORE_FORMAT
 from .progress import track
 
 FALSE_POSITIVES = (100, 200, 500, 1000, 2000)
@@ -41,6 +42,19 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
         if not names:
             raise ValueError(f"{path}: no .txt file below it; need detections in FDDB's format")
         return read_region_lists(tree, track(names, "reading lists"), (5, 6))
+
+
+def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes one file in FDDB's format, images and detections in the order given.
+
+    Args:
+        detections: image name -> ndarray[n, 5]: rectangles `x y w h score`.
+        path: the file.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for image, rows in detections.items():
+            lines = [image, str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
+            file.write("\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from gs_d2.formats.files import FileTree, parse_count, parse_rows
 from .progress import track
 
 _BOX_DECIMALS, _SCORE_DECIMALS = 3, 8
+BOX_FORMAT = " ".join([f"%.{_BOX_DECIMALS}f"] * 4)
+SCORE_FORMAT = f"%.{_SCORE_DECIMALS}f"
 
 
 def parse_wider_file(text: str, where: str) -> np.ndarray:
@@ -108,8 +110,8 @@ def read_wider_predictions(path: str | os.PathLike, image_ids: Iterable[str]) ->
     return predictions
 
 
-def quantize_wider_detections(detections: np.ndarray) -> np.ndarray:
-    """Rounds `x y w h score` rows as the files do, so that a figure and its files agree exactly."""
+def quantize_detections(detections: np.ndarray) -> np.ndarray:
+    """Rounds rows of a box and a score as the files do, so that a figure and its files agree exactly."""
     detections = np.asarray(detections, dtype=np.float64).reshape(-1, 5)
     boxes, scores = np.round(detections[:, :4], _BOX_DECIMALS), np.round(detections[:, 4:], _SCORE_DECIMALS)
     return np.concatenate([boxes, scores], axis=1)
@@ -141,8 +143,7 @@ def write_wider_predictions(detections: Mapping[str, np.ndarray], path: str | os
             if not np.isfinite(rows).all():
                 raise ValueError(f"{image_id}: a detection with NaN or infinity")
             rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-            row_format = " ".join([f"%.{_BOX_DECIMALS}f"] * 4 + [f"%.{_SCORE_DECIMALS}f"])
-            lines = [parts[1], str(len(rows)), *(row_format % tuple(row) for row in rows)]
+            lines = [parts[1], str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
             text = "\n".join(lines) + "\n"
             if archive is not None:
                 archive.writestr(f"{image_id}.txt", text)

@@ -8,7 +8,7 @@ import pytest
 
 from gs_d2.evaluation.prediction_files import (
     parse_wider_file,
-    quantize_wider_detections,
+    quantize_detections,
     read_wider_predictions,
     write_wider_predictions,
 )
@@ -156,7 +156,7 @@ def test_written_files_are_read_back(tmp_path, name):
     rows = np.float32(np.concatenate([boxes, scores], axis=1)).astype(float)
     write_wider_predictions({IDS[0]: rows, IDS[2]: np.zeros((0, 5))}, tmp_path / name)
     predictions = read_wider_predictions(tmp_path / name, IDS)
-    expected = quantize_wider_detections(rows[np.argsort(-rows[:, 4])])
+    expected = quantize_detections(rows[np.argsort(-rows[:, 4])])
     np.testing.assert_array_equal(predictions.detections[IDS[0]], expected)
     np.testing.assert_allclose(expected, rows[np.argsort(-rows[:, 4])], atol=6e-4)
     assert predictions.empty == [IDS[2]] and predictions.missing == [IDS[1]]
