@@ -25,7 +25,9 @@ import gs_d2.data
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import FaceDatasetMapper
-from gs_d2.evaluation import WiderFaceEvaluator
+from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
+
+EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
 
 
 class Trainer(DefaultTrainer):
@@ -41,8 +43,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if evaluator_type == "wider_face":
-            return WiderFaceEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
+        if evaluator_type in EVALUATORS:
+            return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=test_setting(cfg))
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and

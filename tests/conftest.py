@@ -4,8 +4,11 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.io import savemat
 
 ROOT = Path(__file__).resolve().parent.parent
 _SHARED_DATA = Path(os.environ.get("GS_D2_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -45,4 +48,48 @@ def drawn_datasets(tmp_path_factory) -> Path:
     """A DETECTRON2_DATASETS folder with six training and four validation images of 128 x 96 drawn faces."""
     root = tmp_path_factory.mktemp("datasets")
     load_script("tools/synthesize_faces.py").synthesize(root, {"train": 6, "val": 4}, (128, 96), seed=0)
+    return root
+
+
+def write_face_eval_annotations(path, objects_of):
+    """face-eval's .mat: image file name -> rows (x1, y1, x2, y2, a flag that nothing reads, ignore)."""
+    records = np.zeros((len(objects_of), 1), dtype=[("imgname", "O"), ("objects", "O")])
+    for i, (name, objects) in enumerate(objects_of.items()):
+        records[i, 0] = (name, np.asarray(objects, dtype=np.int16).reshape(-1, 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    savemat(path, {"Annotations": records})
+
+
+@pytest.fixture(scope="session")
+def made_up_benchmarks(tmp_path_factory) -> Path:
+    """A DETECTRON2_DATASETS folder with fddb (two folds, five images), afw and pascal_face (four images each)."""
+    root, rng = tmp_path_factory.mktemp("benchmarks"), np.random.default_rng(0)
+
+    def draw(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+    for fold, images in (("01", ["2002/07/19/big/img_1", "2002/07/20/big/img_1", "2003/1/big/img_2"]), ("02", "ab")):
+        lines = []
+        for image in images:
+            draw(root / f"fddb/originalPics/{image}.jpg", rng.integers(60, 130, 2))
+            low, high = [14, 8, -2, 20, 20], [30, 14, 2, 90, 90]  # some reach beyond the image, as in FDDB
+            faces = rng.uniform(low, high, (3, 5))
+            lines += [image, "3", *(" ".join(f"{value:.6f}" for value in face) + "  1" for face in faces)]
+        path = root / f"fddb/FDDB-folds/FDDB-fold-{fold}-ellipseList.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+        path.with_name(f"FDDB-fold-{fold}.txt").write_text("\n".join(images) + "\n")
+    for benchmark, folder, mat in (
+        ("afw", "testimages", "new_annotations_AFW"),
+        ("pascal_face", "images", "Annotations_Face_PASCALLayout_large_fixed"),
+    ):
+        objects_of = {}
+        for i in range(4):
+            draw(root / benchmark / folder / f"{i}_{benchmark}.jpg", (128, 96))
+            corners = rng.integers(0, 60, (3, 2))
+            boxes = np.concatenate([corners, corners + rng.integers(25, 60, (3, 2))], axis=1)
+            ignored = rng.random((3, 1)) < 0.2
+            objects_of[f"{i}_{benchmark}.jpg"] = np.concatenate([boxes, 0 * ignored, ignored], axis=1) if i < 3 else []
+        write_face_eval_annotations(root / benchmark / "annotations" / f"{mat}.mat", objects_of)
     return root

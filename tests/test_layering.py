@@ -73,6 +73,7 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
+    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "gs_d2.formats")),
     "data": Rule(
         files=("gs_d2/data/*.py",),
         may=(
@@ -84,6 +85,7 @@ RULES = {
             "detectron2.structures",
             "gs_d2.compat",
             "gs_d2.data",
+            "gs_d2.formats",
         ),
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
@@ -102,6 +104,7 @@ RULES = {
             "detectron2.utils.comm",
             "gs_d2.compat",
             "gs_d2.evaluation",
+            "gs_d2.formats",
         ),
     ),
     # C++ and CUDA
@@ -191,6 +194,9 @@ VIOLATIONS = [
     ("modeling", "gs_d2/modeling/meta_arch.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
     ("modeling", "gs_d2/modeling/rpn.py", "from gs_d2.ops import reference", REFERENCE),
     ("modeling", "gs_d2/modeling/rpn.py", "from gs_d2 import ops\nops.reference.box_iou(a, b)", REFERENCE),
+    ("formats", "gs_d2/formats/x.py", "from gs_d2.data import load_wider_face", "gs_d2.data.load_wider_face"),
+    ("formats", "gs_d2/formats/x.py", "from ..evaluation.progress import track", "gs_d2.evaluation.progress.track"),
+    ("formats", "gs_d2/formats/x.py", "import torch", "torch"),
     ("data", "gs_d2/data/x.py", "from gs_d2.modeling import GroupSampler", "gs_d2.modeling.GroupSampler"),
     ("data", "gs_d2/data/x.py", "from .. import ops", "gs_d2.ops"),
     ("data", "gs_d2/data/x.py", "import gs_d2.evaluation.wider_face", "gs_d2.evaluation.wider_face"),

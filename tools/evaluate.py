@@ -15,28 +15,34 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from gs_d2.evaluation import face_eval, fddb
 from gs_d2.evaluation.curves import (
     load_curves,
     plot_pr_curves,
-    plot_roc_curves,
     read_official_curves,
     save_curves,
+    write_face_eval_curves,
+    write_fddb_curves,
 )
+from gs_d2.evaluation.fddb_regions import image_sizes_of
 from gs_d2.evaluation.prediction_files import read_wider_predictions, write_wider_predictions
 from gs_d2.evaluation.report import (
-    format_table,
+    face_eval_setting,
+    face_eval_summary,
+    fddb_setting,
+    fddb_summary,
+    format_face_eval_table,
+    format_fddb_table,
+    format_setting,
     format_wider_table,
-    json_number,
-    percent,
-    score_note,
+    score_note_of,
     wider_summary,
 )
 from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face
+from gs_d2.formats.face_eval import read_annotations
+from gs_d2.formats.fddb import read_annotations as read_ellipses
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -145,62 +151,35 @@ def other_methods(sources: list[str]) -> dict:
 
 
 def run_fddb(args: argparse.Namespace) -> dict:
-    annotations = fddb.read_annotations(args.ground_truth)
+    annotations = read_ellipses(args.ground_truth)
     detections = fddb.read_detections(args.predictions)
     if args.fit_ellipses:
         detections = {image: fddb.ellipses_from_rectangles(rows) for image, rows in detections.items()}
-    sizes = fddb.image_sizes_of(args.images, list(annotations)) if args.images else {}
+    sizes = image_sizes_of(args.images, list(annotations)) if args.images else {}
     if args.images and not sizes:
         raise ValueError(f"{args.images}: has no image of FDDB; need files like {next(iter(annotations))}.jpg")
     result = fddb.evaluate_fddb(annotations, detections, sizes)
     if len(result.missing) == len(annotations):
         raise ValueError(f"{args.predictions}: no image of {args.ground_truth} in it; need names as in the lists")
-    counts = fddb.FALSE_POSITIVES
-    discrete = [result.rate_at(count) for count in counts]
-    continuous = [result.rate_at(count, continuous=True) for count in counts]
-    rows = [[str(count), percent(d), percent(c)] for count, d, c in zip(counts, discrete, continuous, strict=True)]
-    print(format_table(["FP at most", "discrete TPR", "continuous TPR"], rows))
-    shape = "fitted ellipses" if args.fit_ellipses else "as given"
-    print(f"setting: {shape}, {len(sizes)} of {len(annotations)} image sizes from images, the others estimated")
+    print(format_fddb_table(result))
+    print(format_setting(fddb_setting(args.fit_ellipses, len(sizes), len(annotations))))
     print(score_note_of(detections))
     print(f"{result.num_faces} faces")
     print_missing(result.missing, len(annotations), result.num_unknown, "images of the detections")
     if args.output:
-        curves = {
-            "Discrete": (result.false_positives, result.discrete),
-            "Continuous": (result.false_positives, result.continuous),
-        }
-        names = ("false_positives", "discrete", "continuous", "thresholds")
-        arrays = {name: getattr(result, name) for name in names}
-        np.savez_compressed(args.output / "roc_curves.npz", **arrays)
-        plot_roc_curves({args.name: curves}, args.output / "roc_curve.png")
-    return {
-        "disc_tpr": {str(count): json_number(rate) for count, rate in zip(counts, discrete, strict=True)},
-        "cont_tpr": {str(count): json_number(rate) for count, rate in zip(counts, continuous, strict=True)},
-        "num_faces": result.num_faces,
-        "num_detections": result.num_detections,
-        "num_images": len(annotations),
-        "num_missing": len(result.missing),
-        "num_unknown": result.num_unknown,
-    }
-
-
-def score_note_of(detections: dict) -> str:
-    scores = [float(score) for rows in detections.values() for score in rows[:, -1]]
-    return score_note(len(scores), (min(scores, default=0.0), max(scores, default=0.0)))
+        write_fddb_curves(result, args.output, args.name)
+    return fddb_summary(result, len(annotations))
 
 
 def run_face_eval(args: argparse.Namespace) -> dict:
-    annotations = face_eval.read_annotations(args.ground_truth, args.benchmark)
+    annotations = read_annotations(args.ground_truth, args.benchmark)
     detections = face_eval.read_detections(args.predictions)
     result = face_eval.evaluate_face_eval(annotations, detections, y_shift=args.y_shift)
     if len(result.missing) == len(annotations.boxes) and result.num_unknown:
         example = next(iter(annotations.boxes))
         raise ValueError(f"{args.predictions}: no image of {args.benchmark} in it; need names like {example}")
-    title = {"afw": "AFW", "pascal_face": "PASCAL faces"}[args.benchmark]
-    print(format_table([title, "AP"], [[f"{result.num_faces} faces", percent(result.curve.ap)]]))
-    tx, ty, sx, sy = result.refinement
-    print(f"setting: y-shift {args.y_shift:g}; refinement shift {tx:.4f} {ty:.4f}, scale {sx:.4f} {sy:.4f}")
+    print(format_face_eval_table(result, args.benchmark))
+    print(format_setting(face_eval_setting(result, args.y_shift)))
     print(score_note_of(detections))
     print(f"{result.num_detections} detections evaluated, {result.num_small} dropped as too small")
     print_missing(
@@ -210,22 +189,8 @@ def run_face_eval(args: argparse.Namespace) -> dict:
         "images (all their detections count as false)",
     )
     if args.output:
-        save_curves({args.benchmark: result.curve}, args.output / "pr_curves.npz")
-        plot_pr_curves(
-            {args.name: {args.benchmark: result.curve}},
-            args.output / "pr_curve.png",
-            panels={args.benchmark: title},
-        )
-    return {
-        "ap": json_number(result.curve.ap),
-        "num_faces": result.num_faces,
-        "num_detections": result.num_detections,
-        "num_images": len(annotations.boxes),
-        "num_missing": len(result.missing),
-        "num_unknown": result.num_unknown,
-        "y_shift": args.y_shift,
-        "refinement": list(result.refinement),
-    }
+        write_face_eval_curves(result, args.benchmark, args.output, args.name)
+    return face_eval_summary(result, len(annotations.boxes), args.y_shift)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gs_d2.evaluation import fddb  # noqa: E402
-from gs_d2.evaluation.fddb_regions import bounding_boxes  # noqa: E402
+from gs_d2.formats.fddb import bounding_boxes, read_annotations  # noqa: E402
 
 TARGET = ROOT / "gs_d2" / "evaluation" / "fddb_ellipse_fit.py"
 TEMPLATE = '''"""How a rectangle becomes an ellipse: FDDB's annotations fitted by tools/fit_fddb_ellipse.py."""
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"replace {TARGET.relative_to(ROOT)}")
     args = parser.parse_args(argv)
     try:
-        ellipses = np.concatenate(list(fddb.read_annotations(args.ground_truth).values()))
+        ellipses = np.concatenate(list(read_annotations(args.ground_truth).values()))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

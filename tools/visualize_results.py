@@ -13,9 +13,10 @@ from tqdm import tqdm
 from gs_d2 import ops
 
 import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
-from gs_d2.evaluation import read_wider_predictions  # isort: skip
+from gs_d2.evaluation import face_eval, fddb, read_wider_predictions  # isort: skip
+from gs_d2.formats.fddb import bounding_boxes  # isort: skip
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 HIT, MISS, FALSE_ALARM, IGNORED = (60, 220, 80), (255, 60, 60), (255, 170, 0), (150, 150, 150)
 
@@ -23,7 +24,7 @@ HIT, MISS, FALSE_ALARM, IGNORED = (60, 220, 80), (255, 60, 60), (255, 170, 0), (
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="wider_face_val")
-    parser.add_argument("--predictions", required=True, help="folder or zip of WIDER FACE result files")
+    parser.add_argument("--predictions", required=True, help="result files of the benchmark: folder, zip or file")
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--score-thresh", type=float, default=0.5, help="lowest score drawn")
     parser.add_argument("--num-images", type=int, default=20, help="how many, evenly spread; 0 is all")
@@ -37,14 +38,16 @@ def main():
 def visualize(dataset, predictions, output, score_thresh, num_images):
     """Writes `<output>/<image>.jpg`: on the left the ground truth, on the right the detections."""
     records = DatasetCatalog.get(dataset)
-    detections = read_wider_predictions(predictions, [record["image_id"] for record in records]).detections
+    detections = read_detections(dataset, predictions, [record["image_id"] for record in records])
+    short_names = len({os.path.basename(record["image_id"]) for record in records}) == len(records)
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     output.mkdir(parents=True, exist_ok=True)
     for record in tqdm(records, desc="drawing", unit="image"):
         rows = detections.get(record["image_id"], np.zeros((0, 5)))
         rows = rows[rows[:, 4] >= score_thresh]
-        boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], axis=1)
+        rows = rows[np.argsort(-rows[:, 4], kind="stable")]
+        boxes = rows[:, :4]
         image = Image.open(record["file_name"]).convert("RGB")
         found, hits = match(record["gt_boxes"], boxes)
         colours = np.where(record["gt_ignore"], "ignored", np.where(found, "hit", "miss"))
@@ -58,7 +61,27 @@ def visualize(dataset, predictions, output, score_thresh, num_images):
             f"ground truth: {num_found} of {num_faces} faces found (green), {num_faces - num_found} missed (red)",
             f"score >= {score_thresh:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false alarms (orange)",
         )
-        picture.save(output / f"{os.path.basename(record['image_id'])}.jpg", quality=92)
+        name = os.path.basename(record["image_id"]) if short_names else record["image_id"].replace("/", "_")
+        picture.save(output / f"{name}.jpg", quality=92)
+
+
+def read_detections(dataset, path, image_ids):
+    """Image id -> float64 [n, 5] `x1 y1 x2 y2 score`, read in the format of the data set's benchmark."""
+    evaluator_type = MetadataCatalog.get(dataset).get("evaluator_type")
+    if evaluator_type == "face_eval":
+        return face_eval.read_detections(path)
+    if evaluator_type == "fddb":
+        rows_of = fddb.read_detections(path)
+    else:
+        rows_of = read_wider_predictions(path, image_ids).detections
+    return {i: np.concatenate([corners_of(rows[:, :-1]), rows[:, -1:]], axis=1) for i, rows in rows_of.items()}
+
+
+def corners_of(regions):
+    """`x1 y1 x2 y2` of rectangles `x y w h`, or around ellipses of five numbers."""
+    if regions.shape[1] == 5:
+        return bounding_boxes(regions)
+    return np.concatenate([regions[:, :2], regions[:, :2] + regions[:, 2:]], axis=1)
 
 
 def match(gt_boxes, boxes):

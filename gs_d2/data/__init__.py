@@ -6,14 +6,25 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from gs_d2.data.augmentation import ScaleJitterCrop
 from gs_d2.data.dataset_mapper import FaceDatasetMapper
+from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
+from gs_d2.data.fddb import load_fddb, register_all_fddb, register_fddb
 from gs_d2.data.wider_face import load_wider_face, register_all_wider_face, register_wider_face
 
 __all__ = [
     "FaceDatasetMapper",
     "ScaleJitterCrop",
+    "load_face_eval",
+    "load_fddb",
     "load_wider_face",
+    "register_all_face_eval",
+    "register_all_fddb",
     "register_all_wider_face",
+    "register_face_eval",
+    "register_fddb",
     "register_wider_face",
 ]
 
-register_all_wider_face(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+_root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+register_all_wider_face(_root)
+register_all_fddb(_root)
+register_all_face_eval(_root)

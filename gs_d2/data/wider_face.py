@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from gs_d2.data.missing_files import where_it_belongs
+
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 _BOX_COLUMNS = 4
 _MAX_NUMBER = 1e6  # pixels; also keeps NaN and infinity out
@@ -42,11 +44,8 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
     """
     list_file = Path(list_file)
     if not list_file.is_file():
-        raise FileNotFoundError(
-            f"There is no list {list_file}. WIDER FACE belongs under $DETECTRON2_DATASETS (now "
-            f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}) as widerface/wider_face_split and "
-            "widerface/WIDER_{train,val,test}/images"
-        )
+        layout = "widerface/wider_face_split and widerface/WIDER_{train,val,test}/images"
+        raise FileNotFoundError(f"There is no list {list_file}. {where_it_belongs('WIDER FACE', layout)}")
     try:
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -7,6 +7,8 @@ when one of them is first asked for.
 from importlib import import_module
 
 _EXPORTS = {
+    "FDDBEvaluator": "fddb_evaluator",
+    "FaceEvalEvaluator": "face_eval_evaluator",
     "WiderFaceEvaluator": "wider_face_evaluator",
     "WiderGroundTruth": "wider_face",
     "evaluate_wider_face": "wider_face",

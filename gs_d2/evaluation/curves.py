@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .face_eval import FaceEvalResult
+from .fddb import FddbResult
 from .precision_recall import PrecisionRecallCurve
+from .report import FACE_EVAL_TITLES
 
 _OFFICIAL_NAME = re.compile(r"wider_pr_info_(?P<method>.+)_(?P<subset>easy|medium|hard)_(?:val|test)\.mat")
 
@@ -120,6 +123,26 @@ def plot_roc_curves(
         axis.set(title=title, xlabel="False positives", ylabel="True positive rate", xlim=(0, max_fp), ylim=(0, 1))
         axis.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def write_fddb_curves(result: FddbResult, folder: str | os.PathLike, name: str = "gs_d2") -> None:
+    """Writes roc_curves.npz and roc_curve.png, with `name` for the method, into a folder."""
+    names = ("false_positives", "discrete", "continuous", "thresholds")
+    np.savez_compressed(Path(folder, "roc_curves.npz"), **{key: getattr(result, key) for key in names})
+    curves = {
+        "Discrete": (result.false_positives, result.discrete),
+        "Continuous": (result.false_positives, result.continuous),
+    }
+    plot_roc_curves({name: curves}, Path(folder, "roc_curve.png"))
+
+
+def write_face_eval_curves(
+    result: FaceEvalResult, benchmark: str, folder: str | os.PathLike, name: str = "gs_d2"
+) -> None:
+    """Writes pr_curves.npz and pr_curve.png, with `name` for the method, into a folder."""
+    save_curves({benchmark: result.curve}, Path(folder, "pr_curves.npz"))
+    panels = {benchmark: FACE_EVAL_TITLES.get(benchmark, benchmark)}
+    plot_pr_curves({name: {benchmark: result.curve}}, Path(folder, "pr_curve.png"), panels=panels)
 
 
 def _panels(count: int):

@@ -4,86 +4,22 @@ Shape shorthand in this module:
     N: detections of all images, sorted by score
 """
 
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from gs_d2.formats.face_eval import MIN_FACE, FaceEvalAnnotations, image_name
+from gs_d2.formats.files import FileTree, parse_rows
+
 from .precision_recall import PrecisionRecallCurve, pixel_iou
-from .prediction_files import FileTree, parse_rows
+from .prediction_files import BOX_FORMAT, SCORE_FORMAT
 from .progress import track
 
-_MIN_FACE = 30  # pixels; smaller annotated faces are ignored
-_MIN_DETECTION = int(np.sqrt(0.5 * _MIN_FACE * _MIN_FACE))  # 21; detections with both sides this small are dropped
+_MIN_DETECTION = int(np.sqrt(0.5 * MIN_FACE * MIN_FACE))  # 21; detections with both sides this small are dropped
 _IOU_THRESH = 0.5  # strict
 _NUM_REFINEMENTS = 5
-_FILE_NAMES = {
-    "afw": "new_annotations_AFW.mat",
-    "pascal_face": "Annotations_Face_PASCALLayout_large_fixed.mat",
-}
-
-
-@dataclass(frozen=True)
-class FaceEvalAnnotations:
-    """Annotated faces of AFW or PASCAL.
-
-    Attributes:
-        boxes: image name, without folder and ending -> ndarray[n, 4]: float64 `x1 y1 x2 y2`.
-        ignored: image name -> bool ndarray[n]: flagged in the file, or narrower or lower than 30 pixels.
-    """
-
-    boxes: dict[str, np.ndarray]
-    ignored: dict[str, np.ndarray]
-
-    @property
-    def num_faces(self) -> int:
-        """Faces that are to be found: 473 in AFW, 1,341 in PASCAL."""
-        return int(sum((~ignored).sum() for ignored in self.ignored.values()))
-
-
-def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotations:
-    """Reads face-eval's MATLAB file of a benchmark.
-
-    Args:
-        path: the file, or a folder or a zip that holds it under its own name.
-        benchmark: `afw` or `pascal_face`.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: for an unknown benchmark or a file of another layout.
-    """
-    if benchmark not in _FILE_NAMES:
-        raise ValueError(f"benchmark must be one of {', '.join(_FILE_NAMES)}, got {benchmark!r}")
-    from scipy.io import loadmat
-
-    with FileTree(path) as tree:
-        names = [n for n in tree.names if n.rsplit("/", 1)[-1] == _FILE_NAMES[benchmark]]
-        if not names and tree.is_file:  # named by the user, whatever it is called
-            names = tree.names
-        if not names:
-            raise FileNotFoundError(f"{path}: no {_FILE_NAMES[benchmark]}; it is in face-eval's annotations")
-        where = tree.where(names[0])
-        try:
-            records = loadmat(io.BytesIO(tree.read_bytes(names[0])))["Annotations"].reshape(-1)
-            boxes, ignored = {}, {}
-            for record in records:
-                name = _image_name(record["imgname"][0])
-                objects = np.asarray(record["objects"], dtype=np.float64)
-                objects = objects.reshape(-1, objects.shape[-1]) if objects.size else np.zeros((0, 6))
-                boxes[name] = objects[:, :4]
-                flagged = objects[:, 5] != 0 if objects.shape[1] > 5 else np.zeros(len(objects), dtype=bool)
-                small = (np.abs(objects[:, 2:4] - objects[:, :2]) < _MIN_FACE).any(axis=1)
-                ignored[name] = flagged | small
-        except Exception as error:  # scipy raises many kinds for a damaged file
-            raise ValueError(f"{where}: cannot be read as face-eval's annotations ({error!r})") from error
-    return FaceEvalAnnotations(boxes, ignored)
-
-
-def _image_name(path: str) -> str:
-    """As the tool: without folders, and up to the first dot."""
-    return path.split("/")[-1].split(".")[0]
 
 
 def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -110,7 +46,7 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 image, _, numbers = line.strip().partition(" ")
                 rows.append(numbers)
                 if image:
-                    image_of_row.append(_image_name(image))
+                    image_of_row.append(image_name(image))
                     if not numbers.strip():
                         raise ValueError(f"{where}, line {number}: need `image score x1 y1 x2 y2`")
             values = parse_rows(rows, 1, 5, where)[:, [1, 2, 3, 4, 0]]
@@ -122,6 +58,18 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
                     raise ValueError(f"{where}: {image} is in another file too; give the results of one detector")
                 images[image] = values[indices]
     return images
+
+
+def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes lines `image score x1 y1 x2 y2`, images and detections in the order given.
+
+    Args:
+        detections: image name -> ndarray[n, 5]: `x1 y1 x2 y2 score`.
+        path: the file.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for image, rows in detections.items():
+            file.writelines(f"{image} {SCORE_FORMAT % row[4]} {BOX_FORMAT % tuple(row[:4])}\n" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -159,7 +107,7 @@ def evaluate_face_eval(
     matching.
 
     Args:
-        annotations: from `read_annotations`.
+        annotations: from `gs_d2.formats.face_eval.read_annotations`.
         detections: image -> ndarray[n, 5] `x1 y1 x2 y2 score`, in any order.
         y_shift: lowers the top of each box by this fraction of its height first. 0.2 is what some detectors
             of WIDER FACE do, whose boxes reach higher. It changes the figure: say so beside it.

@@ -10,34 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gs_d2.formats.fddb import read_region_lists
+from gs_d2.formats.files import FileTree
+
 from . import fddb_ellipse_fit
 from .fddb_regions import ellipse_spans, estimate_image_size, rectangle_spans
-from .prediction_files import FileTree, parse_count, parse_rows
+from .prediction_files import BOX_FORMAT, SCORE_FORMAT
 from .progress import track
 
 FALSE_POSITIVES = (100, 200, 500, 1000, 2000)
 
 _IOU_THRESH = 0.5  # strict
-
-
-def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the `FDDB-fold-*-ellipseList.txt` of a folder or a zip, or one such file.
-
-    Returns:
-        image name -> ndarray[n, 5]: float64 (major radius, minor radius, angle in radians, centre x, centre
-        y).
-
-    Raises:
-        FileNotFoundError: if `path` does not exist.
-        ValueError: for a malformed file, or if there is no list of ellipses.
-    """
-    with FileTree(path) as tree:
-        names = [n for n in tree.names if "ellipselist" in n.rsplit("/", 1)[-1].lower() and n.endswith(".txt")]
-        if not names and tree.is_file:  # named by the user, whatever it is called
-            names = tree.names
-        if not names:
-            raise ValueError(f"{path}: no FDDB-fold-*-ellipseList.txt below it; they are in FDDB-folds.tgz")
-        return {image: rows[:, :5] for image, rows in _read_lists(tree, names, (6,)).items()}
 
 
 def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -58,37 +41,20 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
         names = [n for n in tree.names if n.endswith(".txt")] if len(tree.names) > 1 else tree.names
         if not names:
             raise ValueError(f"{path}: no .txt file below it; need detections in FDDB's format")
-        return _read_lists(tree, names, (5, 6))
+        return read_region_lists(tree, track(names, "reading lists"), (5, 6))
 
 
-def _read_lists(tree: FileTree, names: list[str], allowed_columns: tuple[int, ...]) -> dict[str, np.ndarray]:
-    images: dict[str, np.ndarray] = {}
-    num_columns = None
-    for name in track(names, "reading lists"):
-        where, lines, at = tree.where(name), tree.read_text(name).splitlines(), 0
-        while at < len(lines):
-            if not lines[at].strip():
-                at += 1
-                continue
-            image = lines[at].strip().removesuffix(".jpg")
-            if image in images:
-                raise ValueError(f"{where}, line {at + 1}: image {image[:80]} for the second time")
-            if at + 1 >= len(lines):
-                raise ValueError(f"{where}, line {at + 2}: missing: need the number of regions of {image[:80]}")
-            count = parse_count(lines[at + 1], where, at + 2)
-            rows = lines[at + 2 : at + 2 + count]
-            if len(rows) < count:
-                raise ValueError(f"{where}, line {at + 2}: says {count} but {len(rows)} follow: cut short?")
-            if num_columns is None and count:
-                num_columns = len(rows[0].split())
-                if num_columns not in allowed_columns:
-                    needed = " or ".join(map(str, allowed_columns))
-                    raise ValueError(f"{where}, line {at + 3}: need {needed} numbers, got {num_columns}")
-            images[image] = parse_rows(rows, at + 3, num_columns or allowed_columns[0], where)
-            if len(images[image]) != count:
-                raise ValueError(f"{where}, line {at + 2}: says {count} but some of these lines are blank")
-            at += 2 + count
-    return images
+def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes one file in FDDB's format, images and detections in the order given.
+
+    Args:
+        detections: image name -> ndarray[n, 5]: rectangles `x y w h score`.
+        path: the file.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for image, rows in detections.items():
+            lines = [image, str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
+            file.write("\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
@@ -132,7 +98,7 @@ def evaluate_fddb(
     discrete one if the IoU is above 0.5; every detection without such a pair is a false positive.
 
     Args:
-        annotations: image -> ndarray[n, 5], see `read_annotations`.
+        annotations: image -> ndarray[n, 5], see `gs_d2.formats.fddb.read_annotations`.
         detections: image -> ndarray[n, 5] rectangles or ndarray[n, 6] ellipses, see `read_detections`.
         image_sizes: image -> (width, height), see `image_sizes_of`; regions are clipped to the image. Where
             an image's size is not given it is estimated (`estimate_image_size`), which moves the rates by

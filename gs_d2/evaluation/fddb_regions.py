@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gs_d2.formats.fddb import bounding_boxes
+
 from .progress import track
 
 _LONGEST_SIDE = 450  # of every image of FDDB
@@ -124,14 +126,6 @@ def _crossings(u: np.ndarray, v: np.ndarray, at: np.ndarray) -> tuple[np.ndarray
     slope = np.divide(v2 - v, u2 - u, out=np.zeros_like(v), where=u2 != u)
     values = v + (at - u) * slope
     return np.where(reached, values, np.inf).min(axis=1), np.where(reached, values, -np.inf).max(axis=1)
-
-
-def bounding_boxes(ellipses: np.ndarray) -> np.ndarray:
-    """The upright rectangles (n, 4) `x1 y1 x2 y2` around ellipses (n, 5), without rounding."""
-    major, minor, angle, cx, cy = np.asarray(ellipses, dtype=np.float64).reshape(-1, 5).T
-    half_width = np.hypot(major * np.cos(angle), minor * np.sin(angle))
-    half_height = np.hypot(major * np.sin(angle), minor * np.cos(angle))
-    return np.stack([cx - half_width, cy - half_height, cx + half_width, cy + half_height], axis=1)
 
 
 def estimate_image_size(ellipses: np.ndarray, regions: np.ndarray) -> tuple[int, int]:

@@ -3,9 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from .face_eval import FaceEvalResult
+from .fddb import FALSE_POSITIVES, FddbResult
 from .wider_face import ATTRIBUTES, OFFICIAL_SUBSETS, WiderResult
 
 _TITLES = {"easy": "Easy", "medium": "Medium", "hard": "Hard", "all": "All", "all_valid": "All (valid)"}
+FACE_EVAL_TITLES = {"afw": "AFW", "pascal_face": "PASCAL faces"}
 
 # Above this lowest score, detections that the curve needs were cut off: a threshold of 0.5 costs 3 points on
 # hard.
@@ -45,7 +50,7 @@ def format_wider_table(
             rows.append([f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])])
     lines = [format_table(["subset", "AP", "faces"], rows)]
     if setting:
-        lines.append("setting: " + ", ".join(f"{name} {value}" for name, value in setting.items()))
+        lines.append(format_setting(setting))
     lines.append(score_note(result.num_detections, result.score_range))
     if result.num_detections and result.score_range[0] == result.score_range[1]:
         lines.append("WARNING: all scores are equal: the protocol's normalisation of scores gives AP 0")
@@ -64,6 +69,78 @@ def score_note(num_detections: int, score_range: tuple[float, float]) -> str:
             "the AP, use 0.01 or less"
         )
     return note
+
+
+def format_setting(setting: Mapping) -> str:
+    """One line; what a figure depends on belongs beside it."""
+    return "setting: " + ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def score_note_of(detections: Mapping[str, np.ndarray]) -> str:
+    """`score_note` of detections whose last column is the score."""
+    scores = np.concatenate([np.zeros(0), *(rows[:, -1] for rows in detections.values())])
+    return score_note(len(scores), (scores.min(initial=np.inf), scores.max(initial=-np.inf)))
+
+
+def format_fddb_table(result: FddbResult) -> str:
+    """True positive rates in percent at each number of false positives."""
+    rows = [
+        [str(count), percent(result.rate_at(count)), percent(result.rate_at(count, continuous=True))]
+        for count in FALSE_POSITIVES
+    ]
+    return format_table(["FP at most", "discrete TPR", "continuous TPR"], rows)
+
+
+def fddb_setting(fit_ellipses: bool, num_sizes: int, num_images: int) -> dict:
+    """What the protocol adds to the setting; `num_sizes` images have a known size."""
+    sizes = f"of {num_sizes} of {num_images} images known"
+    return {
+        "regions": "fitted ellipses" if fit_ellipses else "as given",
+        "sizes": sizes if num_sizes == num_images else sizes + " and the others estimated",
+    }
+
+
+def fddb_summary(result: FddbResult, num_images: int) -> dict:
+    """Figures for JSON: rates as fractions 0..1 by number of false positives, null where nothing is annotated."""
+    return {
+        "disc_tpr": {str(count): json_number(result.rate_at(count)) for count in FALSE_POSITIVES},
+        "cont_tpr": {str(count): json_number(result.rate_at(count, continuous=True)) for count in FALSE_POSITIVES},
+        "num_faces": result.num_faces,
+        "num_detections": result.num_detections,
+        "num_images": num_images,
+        "num_missing": len(result.missing),
+        "num_unknown": result.num_unknown,
+    }
+
+
+def format_face_eval_table(result: FaceEvalResult, benchmark: str) -> str:
+    """AP in percent with the number of faces."""
+    title = FACE_EVAL_TITLES.get(benchmark, benchmark)
+    return format_table([title, "AP"], [[f"{result.num_faces} faces", percent(result.curve.ap)]])
+
+
+def face_eval_setting(result: FaceEvalResult, y_shift: float) -> dict:
+    """What the protocol adds to the setting."""
+    tx, ty, sx, sy = result.refinement
+    return {
+        "y-shift": f"{y_shift:g}",
+        "refinement shift": f"{tx:.4f} {ty:.4f}",
+        "refinement scale": f"{sx:.4f} {sy:.4f}",
+    }
+
+
+def face_eval_summary(result: FaceEvalResult, num_images: int, y_shift: float) -> dict:
+    """Figures for JSON: AP as a fraction 0..1, null where nothing is annotated."""
+    return {
+        "ap": json_number(result.curve.ap),
+        "num_faces": result.num_faces,
+        "num_detections": result.num_detections,
+        "num_images": num_images,
+        "num_missing": len(result.missing),
+        "num_unknown": result.num_unknown,
+        "y_shift": y_shift,
+        "refinement": list(result.refinement),
+    }
 
 
 def json_number(value: float) -> float | None:

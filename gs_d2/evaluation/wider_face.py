@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gs_d2.formats.files import FileTree
+
 from .precision_recall import PrecisionRecallCurve, pixel_iou
-from .prediction_files import FileTree
 from .progress import track
 
 OFFICIAL_SUBSETS = ("easy", "medium", "hard")

@@ -1,29 +1,31 @@
 """WIDER FACE as a Detectron2 `DatasetEvaluator`, for train_net.py and for evaluation while training."""
 
-import json
 import logging
 import os
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
 from .curves import plot_pr_curves, save_curves
-from .prediction_files import quantize_wider_detections, write_wider_predictions
+from .detection_evaluator import DetectionEvaluator, as_xywh
+from .prediction_files import quantize_detections, write_wider_predictions
 from .report import format_wider_table, wider_summary
 from .wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, WiderResult, evaluate_wider_face
 
 _logger = logging.getLogger(__name__)
 
 
-class WiderFaceEvaluator(DatasetEvaluator):
+class WiderFaceEvaluator(DetectionEvaluator):
     """Average precision on WIDER FACE by the official protocol.
+
+    `evaluate` gives {"wider_face": {"easy", "medium", "hard", "all", "all_valid", and "all@<scale>"}}, these last
+    where the instances have `group_scales`, the anchor scale of each detection. It is empty for the test set, whose
+    annotations are not public: then the predictions and `submission.zip`, to be sent to the authors, are all there
+    is.
 
     Args:
         dataset_name: a registered WIDER dataset. Its dicts have `image_id` "<event>/<image>", `gt_boxes` (n,
@@ -37,82 +39,22 @@ class WiderFaceEvaluator(DatasetEvaluator):
             detections an image), shown beside the table.
     """
 
-    def __init__(
-        self,
-        dataset_name: str,
-        output_dir: str | None = None,
-        *,
-        distributed: bool = True,
-        setting: dict | None = None,
-    ):
-        self._dataset_name = dataset_name
-        self._output_dir = Path(output_dir) if output_dir else None
-        self._distributed = distributed
-        self._setting = dict(setting or {})
-        self.reset()
+    def _record(self, image, rows, instances):
+        scales = instances.group_scales.detach().numpy().reshape(-1) if instances.has("group_scales") else None
+        return quantize_detections(as_xywh(rows)), scales
 
-    def reset(self):
-        self._detections: dict[str, np.ndarray] = {}
-        self._group_scales: dict[str, np.ndarray] = {}
-
-    def process(self, inputs, outputs):
-        """Takes the detections of some images.
-
-        Args:
-            inputs: dicts with `image_id`.
-            outputs: dicts with `instances`, which have `pred_boxes`, `scores` and, optionally,
-                `group_scales`: the anchor scale of each detection, for the rows @16, @32, ...
-        """
-        for image, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"].to("cpu")
-            boxes = instances.pred_boxes.tensor.detach().numpy().astype(np.float64).reshape(-1, 4)
-            scores = instances.scores.detach().numpy().astype(np.float64).reshape(-1, 1)
-            rows = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores], axis=1)
-            finite = np.isfinite(rows).all(axis=1)
-            if not finite.all():
-                raise ValueError(f"{image['image_id']}: {(~finite).sum()} detections have NaN or infinity")
-            self._detections[image["image_id"]] = quantize_wider_detections(rows)
-            if instances.has("group_scales"):
-                self._group_scales[image["image_id"]] = instances.group_scales.detach().numpy().reshape(-1)
-
-    def evaluate(self):
-        """Evaluates what all processes have seen.
-
-        Returns:
-            OrderedDict: {"wider_face": {"easy", "medium", "hard", "all", "all_valid", and "all@<scale>"}} in
-            percent, on the main process; {} on the others. Empty for the test set, whose annotations are not
-            public: then the predictions and `submission.zip`, to be sent to the authors, are all there is.
-        """
-        if self._distributed:
-            comm.synchronize()
-            parts = comm.gather((self._detections, self._group_scales), dst=0)
-            if not comm.is_main_process():
-                return {}
-        else:
-            parts = [(self._detections, self._group_scales)]
-        detections, group_scales = {}, {}
-        for part_detections, part_scales in parts:
-            detections |= part_detections
-            group_scales |= part_scales
-
+    def _evaluate(self, records):
+        detections = {image_id: rows for image_id, (rows, _) in records.items()}
+        group_scales = {image_id: scales for image_id, (_, scales) in records.items() if scales is not None}
         ground_truth = self._ground_truth(detections)
         if not len(ground_truth.boxes):
             return self._write_submission(detections)
-        missing = [image_id for image_id in ground_truth.image_ids if image_id not in detections]
-        if missing:
-            _logger.warning(
-                f"{len(missing)} of {len(ground_truth.image_ids)} images of {self._dataset_name} were not "
-                f"processed and count as without detections, the first is {missing[0]}"
-            )
-        known = set(ground_truth.image_ids)
-        unknown = [image_id for image_id in detections if image_id not in known]
-        if unknown:
-            _logger.warning(f"{len(unknown)} images are not in the ground truth, the first is {unknown[0]}")
+        missing = self._not_processed(ground_truth.image_ids, records)
         result = evaluate_wider_face(ground_truth, detections)
         by_scale = self._evaluate_scales(ground_truth, detections, group_scales)
 
         summary = wider_summary(result, by_scale)
-        summary |= {"num_images": len(known), "num_missing": len(missing), "setting": self._setting}
+        summary |= {"num_images": len(ground_truth.image_ids), "num_missing": len(missing)}
         _logger.info(f"WIDER FACE AP of {self._dataset_name}\n" + format_wider_table(result, by_scale, self._setting))
         if self._output_dir is not None:
             self._write(detections, result, summary)
@@ -171,7 +113,7 @@ class WiderFaceEvaluator(DatasetEvaluator):
     def _write(self, detections, result: WiderResult, summary: dict) -> None:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         write_wider_predictions(detections, self._output_dir / "predictions")
-        (self._output_dir / "results.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
+        self._write_summary(summary, self._setting)
         save_curves(result.curves, self._output_dir / "pr_curves.npz")
         plot_pr_curves({"gs_d2": result.curves}, self._output_dir / "pr_curve.png")
         _logger.info(f"Predictions, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")

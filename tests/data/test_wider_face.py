@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 import gs_d2.data
-from gs_d2.data import load_wider_face, wider_face
+from gs_d2.data import face_eval, fddb, load_wider_face, wider_face
 
 GOOD = "0--Parade/a.jpg\n2\n1 2 3 4 1 1 0 0 2 1\n10 20 30 40 0 0 0 1 0 0\n1--Crowd/b.jpg\n1\n5 6 7 8 2 0 1 0 1 0\n"
 
@@ -272,8 +272,9 @@ class Metadata(dict):
 @pytest.fixture
 def catalogs(monkeypatch):
     datasets, metadata = Catalog(), Catalog()
-    monkeypatch.setattr(wider_face, "DatasetCatalog", datasets)
-    monkeypatch.setattr(wider_face, "MetadataCatalog", metadata)
+    for module in (wider_face, fddb, face_eval):
+        monkeypatch.setattr(module, "DatasetCatalog", datasets)
+        monkeypatch.setattr(module, "MetadataCatalog", metadata)
     return datasets, metadata
 
 
@@ -287,8 +288,11 @@ def test_registration_touches_no_file(catalogs, monkeypatch):
         with pytest.raises(AssertionError, match="touches"):  # the trap works
             os.path.exists("/")
         wider_face.register_all_wider_face("/nowhere/at/all")
+        fddb.register_all_fddb("/nowhere/at/all")
+        face_eval.register_all_face_eval("/nowhere/at/all")
     datasets, metadata = catalogs
-    assert sorted(datasets) == ["wider_face_test", "wider_face_train", "wider_face_val"]
+    names = ["afw", "fddb", "pascal_face", "wider_face_test", "wider_face_train", "wider_face_val"]
+    assert sorted(datasets) == names
     assert metadata.get("wider_face_val") == {
         "thing_classes": ["face"],
         "thing_dataset_id_to_contiguous_id": {1: 0},
@@ -311,6 +315,9 @@ def test_import_registers_below_detectron2_datasets(catalogs, monkeypatch, root,
     assert catalogs[1].get("wider_face_test")["list_file"] == (
         f"{expected}/widerface/wider_face_split/wider_face_test_filelist.txt"
     )
+    assert catalogs[1].get("fddb")["annotations"] == f"{expected}/fddb/FDDB-folds"
+    assert catalogs[1].get("afw")["image_root"] == f"{expected}/afw/testimages"
+    assert catalogs[1].get("pascal_face")["image_root"] == f"{expected}/pascal_face/images"
 
 
 def test_own_data_sets_can_be_registered(tmp_path):

@@ -5,11 +5,10 @@ import pytest
 from scipy.io import savemat
 
 from gs_d2.evaluation.face_eval import (
-    FaceEvalAnnotations,
     evaluate_face_eval,
-    read_annotations,
     read_detections,
 )
+from gs_d2.formats.face_eval import FaceEvalAnnotations, read_annotations
 
 
 @pytest.mark.parametrize(("benchmark", "images", "faces"), [("afw", 205, 473), ("pascal_face", 851, 1341)])

@@ -10,19 +10,19 @@ import pytest
 
 from gs_d2.evaluation import fddb, fddb_ellipse_fit
 from gs_d2.evaluation.fddb_regions import (
-    bounding_boxes,
     ellipse_spans,
     estimate_image_size,
     image_sizes_of,
     rectangle_spans,
 )
+from gs_d2.formats.fddb import bounding_boxes, read_annotations
 
 SIZE = (40, 30)
 
 
 @pytest.fixture(scope="module")
 def annotations(data_dir):
-    return fddb.read_annotations(data_dir / "fddb" / "folds")
+    return read_annotations(data_dir / "fddb" / "folds")
 
 
 def test_counts_of_the_annotations(annotations):
@@ -262,8 +262,8 @@ def test_malformed_detections(tmp_path, text, message):
 def test_no_ellipse_lists(tmp_path):
     (tmp_path / "readme.txt").write_text("x")
     (tmp_path / "other.txt").write_text("x")
-    with pytest.raises(ValueError, match="ellipseList"):
-        fddb.read_annotations(tmp_path)
+    with pytest.raises(FileNotFoundError, match="ellipseList"):
+        read_annotations(tmp_path)
 
 
 # ---- Our own ellipses ----

@@ -6,14 +6,14 @@ import zipfile
 import numpy as np
 import pytest
 
-from gs_d2.evaluation import prediction_files
 from gs_d2.evaluation.prediction_files import (
-    FileTree,
     parse_wider_file,
-    quantize_wider_detections,
+    quantize_detections,
     read_wider_predictions,
     write_wider_predictions,
 )
+from gs_d2.formats import files
+from gs_d2.formats.files import FileTree
 
 IDS = ["0--Parade/a_1", "0--Parade/a_2", "1--Hand/b_1"]
 GOOD = "a_1\n2\n1 2 3 4 0.5\n5.25 6 7 8 -1e-3\n"
@@ -117,9 +117,9 @@ def test_zip_with_backslashes_that_leaves_its_folder(tmp_path):
 
 
 def test_zip_bombs(tmp_path, monkeypatch):
-    monkeypatch.setattr(prediction_files, "_MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(prediction_files, "_MAX_TOTAL_BYTES", 5000)
-    monkeypatch.setattr(prediction_files, "_MAX_ENTRIES", 50)
+    monkeypatch.setattr(files, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(files, "_MAX_TOTAL_BYTES", 5000)
+    monkeypatch.setattr(files, "_MAX_ENTRIES", 50)
     with pytest.raises(ValueError, match="unpacks to more"):
         FileTree(make_zip(tmp_path / "one.zip", {"0--Parade/a_1.txt": "0" * 1001}))
     with pytest.raises(ValueError, match="unpacks to more"):
@@ -129,7 +129,7 @@ def test_zip_bombs(tmp_path, monkeypatch):
 
 
 def test_zip_whose_header_lies(tmp_path, monkeypatch):
-    monkeypatch.setattr(prediction_files, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(files, "_MAX_FILE_BYTES", 1000)
     path = make_zip(tmp_path / "p.zip", {"a.txt": "0" * 5000})
     true_size, small_size = (5000).to_bytes(4, "little"), (10).to_bytes(4, "little")
     path.write_bytes(path.read_bytes().replace(true_size, small_size))
@@ -156,7 +156,7 @@ def test_written_files_are_read_back(tmp_path, name):
     rows = np.float32(np.concatenate([boxes, scores], axis=1)).astype(float)
     write_wider_predictions({IDS[0]: rows, IDS[2]: np.zeros((0, 5))}, tmp_path / name)
     predictions = read_wider_predictions(tmp_path / name, IDS)
-    expected = quantize_wider_detections(rows[np.argsort(-rows[:, 4])])
+    expected = quantize_detections(rows[np.argsort(-rows[:, 4])])
     np.testing.assert_array_equal(predictions.detections[IDS[0]], expected)
     np.testing.assert_allclose(expected, rows[np.argsort(-rows[:, 4])], atol=6e-4)
     assert predictions.empty == [IDS[2]] and predictions.missing == [IDS[1]]

@@ -5,7 +5,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gs_d2.data import register_wider_face
+from gs_d2.data import register_face_eval, register_fddb, register_wider_face
 from gs_d2.evaluation import write_wider_predictions
 
 NAME = "test_visualize_results"
@@ -108,3 +108,33 @@ def test_an_unknown_data_set(tool, tmp_path, monkeypatch):
     )
     with pytest.raises(SystemExit, match=r"^visualize_results: .*faces.* is not registered"):
         tool.main()
+
+
+@pytest.mark.parametrize("benchmark", ["fddb", "fddb ellipses", "afw"])
+def test_other_benchmarks(tool, made_up_benchmarks, tmp_path, monkeypatch, benchmark):
+    """Their own result files, with every face found, as pictures whose names do not hide each other."""
+    name = f"{NAME}_2"
+    if benchmark == "afw":
+        register_face_eval(name, "afw", made_up_benchmarks / "afw", made_up_benchmarks / "afw" / "testimages")
+    else:
+        register_fddb(name, made_up_benchmarks / "fddb/FDDB-folds", made_up_benchmarks / "fddb/originalPics")
+    try:
+        records, lines = DatasetCatalog.get(name), []
+        for record in records:
+            if benchmark == "afw":
+                lines += [f"{record['image_id']} 0.9 {x1} {y1} {x2} {y2}" for x1, y1, x2, y2 in record["gt_boxes"]]
+                continue
+            rows = [f"{x1} {y1} {x2 - x1} {y2 - y1} 0.9" for x1, y1, x2, y2 in record["gt_boxes"]]
+            if benchmark == "fddb ellipses":
+                rows = [" ".join(map(str, [*ellipse, 0.9])) for ellipse in record["gt_ellipses"]]
+            lines += [record["image_id"], str(len(rows)), *rows]
+        (tmp_path / "detections.txt").write_text("\n".join(lines) + "\n")
+        matches, match = [], tool.match
+        monkeypatch.setattr(tool, "match", lambda *boxes: matches.append(match(*boxes)) or matches[-1])
+        written = run_tool(tool, monkeypatch, tmp_path / "detections.txt", tmp_path / "out", "--dataset", name)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert len(written) == len(records) == len(matches)
+    assert all(found.all() and hits.all() for found, hits in matches)
+    assert ("2002_07_19_big_img_1.jpg" in written) == (benchmark != "afw")

@@ -1,0 +1,120 @@
+"""What the evaluators of all benchmarks share: detections taken image by image, gathered from all processes."""
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from gs_d2 import compat  # noqa: F401  isort: skip
+
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+_logger = logging.getLogger(__name__)
+
+
+class DetectionEvaluator(DatasetEvaluator):
+    """A subclass says what is kept of an image (`_record`) and evaluates what all processes kept (`_evaluate`).
+
+    Args:
+        dataset_name: a registered data set.
+        output_dir: where all that is written goes. None: nothing is written.
+        distributed: whether each process sees a part of the images; False evaluates this process alone.
+        setting: name -> value of what the figures depend on (test sizes, score threshold, NMS, most
+            detections an image), shown beside the table.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        *,
+        distributed: bool = True,
+        setting: dict | None = None,
+    ):
+        self._dataset_name = dataset_name
+        self._output_dir = Path(output_dir) if output_dir else None
+        self._distributed = distributed
+        self._setting = dict(setting or {})
+        self.reset()
+
+    def reset(self):
+        self._records = {}
+
+    def process(self, inputs, outputs):
+        """Takes the detections of some images.
+
+        Args:
+            inputs: dicts with `image_id`.
+            outputs: dicts with `instances`, which have `pred_boxes` and `scores`.
+
+        Raises:
+            ValueError: for NaN or infinity in a detection.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            boxes = instances.pred_boxes.tensor.detach().numpy().astype(np.float64).reshape(-1, 4)
+            scores = instances.scores.detach().numpy().astype(np.float64).reshape(-1, 1)
+            rows = np.concatenate([boxes, scores], axis=1)
+            finite = np.isfinite(rows).all(axis=1)
+            if not finite.all():
+                raise ValueError(f"{image['image_id']}: {(~finite).sum()} detections have NaN or infinity")
+            self._records[image["image_id"]] = self._record(image, rows, instances)
+
+    def evaluate(self):
+        """Evaluates what all processes have seen.
+
+        Returns:
+            OrderedDict: {benchmark: {figure: percent}} on the main process; {} on the others.
+        """
+        parts = [self._records]
+        if self._distributed:
+            comm.synchronize()
+            parts = comm.gather(self._records, dst=0)
+            if not comm.is_main_process():
+                return {}
+        return self._evaluate({image_id: record for part in parts for image_id, record in part.items()})
+
+    def _record(self, image: dict, rows: np.ndarray, instances):
+        """What is kept of an image; `rows` (n, 5) float64 are `x1 y1 x2 y2 score`."""
+        raise NotImplementedError
+
+    def _evaluate(self, records: dict) -> OrderedDict:
+        """Evaluates image id -> record of the whole data set, on the main process."""
+        raise NotImplementedError
+
+    def _not_processed(self, image_ids: Iterable[str], records: dict) -> list[str]:
+        """The images of the data set without record; warns of them, and of records of other images."""
+        image_ids = list(image_ids)
+        missing = [image_id for image_id in image_ids if image_id not in records]
+        if missing:
+            _logger.warning(
+                f"{len(missing)} of {len(image_ids)} images of {self._dataset_name} were not "
+                f"processed and count as without detections, the first is {missing[0]}"
+            )
+        unknown = sorted(records.keys() - set(image_ids))
+        if unknown:
+            _logger.warning(f"{len(unknown)} images are not in the ground truth, the first is {unknown[0]}")
+        return missing
+
+    def _in_order(self, image_ids: Iterable[str], records: dict) -> dict:
+        """The records in the order of the data set, so that ties are the same for any number of processes."""
+        rank = {image_id: i for i, image_id in enumerate(image_ids)}
+        return dict(sorted(records.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
+
+    def _write_summary(self, summary: dict, setting: dict) -> None:
+        text = json.dumps(summary | {"setting": setting}, indent=1, default=str)
+        (self._output_dir / "results.json").write_text(text + "\n")
+
+
+def by_score(rows: np.ndarray) -> np.ndarray:
+    """Rows whose last column is the score, highest first."""
+    return rows[np.argsort(-rows[:, -1], kind="stable")]
+
+
+def as_xywh(rows: np.ndarray) -> np.ndarray:
+    """`x1 y1 x2 y2 score` as `x y w h score`."""
+    return np.concatenate([rows[:, :2], rows[:, 2:4] - rows[:, :2], rows[:, 4:]], axis=1)

@@ -1,0 +1,79 @@
+"""FDDB: the lists of annotated ellipses, and of detections in the same layout."""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from .files import FileTree, parse_count, parse_rows
+
+
+def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the `FDDB-fold-*-ellipseList.txt` of a folder or a zip, or one such file.
+
+    Returns:
+        image name -> ndarray[n, 5]: float64 (major radius, minor radius, angle in radians, centre x, centre
+        y).
+
+    Raises:
+        FileNotFoundError: if `path` does not exist or holds no list of ellipses.
+        ValueError: for a malformed list.
+    """
+    with FileTree(path) as tree:
+        names = [n for n in tree.names if "ellipselist" in n.rsplit("/", 1)[-1].lower() and n.endswith(".txt")]
+        if not names and tree.is_file:  # named by the user, whatever it is called
+            names = tree.names
+        if not names:
+            raise FileNotFoundError(f"{path}: no FDDB-fold-*-ellipseList.txt below it; they are in FDDB-folds.tgz")
+        return {image: rows[:, :5] for image, rows in read_region_lists(tree, names, (6,)).items()}
+
+
+def read_region_lists(tree: FileTree, names: Iterable[str], allowed_columns: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Reads lists of FDDB's layout: image name, number of regions, one region a line.
+
+    Args:
+        tree: holds the lists.
+        names: of the lists in it.
+        allowed_columns: how many numbers a region may have; all regions must have the same.
+
+    Returns:
+        image name, without `.jpg` -> float64 ndarray[n, columns].
+
+    Raises:
+        ValueError: for a malformed list, naming file and line, or an image given twice.
+    """
+    images: dict[str, np.ndarray] = {}
+    num_columns = None
+    for name in names:
+        where, lines, at = tree.where(name), tree.read_text(name).splitlines(), 0
+        while at < len(lines):
+            if not lines[at].strip():
+                at += 1
+                continue
+            image = lines[at].strip().removesuffix(".jpg")
+            if image in images:
+                raise ValueError(f"{where}, line {at + 1}: image {image[:80]} for the second time")
+            if at + 1 >= len(lines):
+                raise ValueError(f"{where}, line {at + 2}: missing: need the number of regions of {image[:80]}")
+            count = parse_count(lines[at + 1], where, at + 2)
+            rows = lines[at + 2 : at + 2 + count]
+            if len(rows) < count:
+                raise ValueError(f"{where}, line {at + 2}: says {count} but {len(rows)} follow: cut short?")
+            if num_columns is None and count:
+                num_columns = len(rows[0].split())
+                if num_columns not in allowed_columns:
+                    needed = " or ".join(map(str, allowed_columns))
+                    raise ValueError(f"{where}, line {at + 3}: need {needed} numbers, got {num_columns}")
+            images[image] = parse_rows(rows, at + 3, num_columns or allowed_columns[0], where)
+            if len(images[image]) != count:
+                raise ValueError(f"{where}, line {at + 2}: says {count} but some of these lines are blank")
+            at += 2 + count
+    return images
+
+
+def bounding_boxes(ellipses: np.ndarray) -> np.ndarray:
+    """The upright rectangles (n, 4) `x1 y1 x2 y2` around ellipses (n, 5), without rounding."""
+    major, minor, angle, cx, cy = np.asarray(ellipses, dtype=np.float64).reshape(-1, 5).T
+    half_width = np.hypot(major * np.cos(angle), minor * np.sin(angle))
+    half_height = np.hypot(major * np.sin(angle), minor * np.cos(angle))
+    return np.stack([cx - half_width, cy - half_height, cx + half_width, cy + half_height], axis=1)
