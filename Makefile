@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow bench lint clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test: $(VENV)/.built ## the test suite (a few minutes on two cores)
 
 test-slow: $(VENV)/.built ## the tests that take longer
 	$(PY) -m pytest -q -m slow
+
+bench: $(VENV)/.built ## the ops against Detectron2, torchvision and torch.compile, into output/bench (minutes)
+	$(PY) tools/benchmark_ops.py
 
 lint: $(VENV)/.installed ## ruff and clang-format over everything
 	$(PY) -m ruff check .

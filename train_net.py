@@ -10,6 +10,9 @@ import os
 import sys
 
 import torch
+
+from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
@@ -53,6 +56,16 @@ class Trainer(DefaultTrainer):
         if evaluator_type == "wider_face":
             return WiderFaceEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
+
+    # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
+    # at the first rate of the warm-up; main saves it under this very name.
+    def state_dict(self):
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
 
 
 def test_setting(cfg):

@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PATH",
-        help="draw other methods too: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
+        help="draw other methods: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
     )
     wider.add_argument("--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip")
     fddb_group = parser.add_argument_group("fddb")
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="F",
-        help="lower the top of each box by this fraction of its height (WIDER's boxes reach higher: 0.2); default 0",
+        help="lower the top of each box by this fraction of its height (0.2 for WIDER's taller boxes; default 0)",
     )
     return parser.parse_args(argv)
 
@@ -121,7 +121,8 @@ def wider_face(args: argparse.Namespace) -> dict:
         print(f"{len(predictions.empty)} files are without detections")
     absent = [name for name in OFFICIAL_SUBSETS if name not in result.curves]
     if absent:
-        print(f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no wider_{{{','.join(absent)}}}_val.mat")
+        names = ", ".join(f"wider_{name}_val.mat" for name in absent)
+        print(f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no {names}")
     if args.submission:
         write_wider_predictions(predictions.detections, args.submission)
     if args.output:
@@ -169,8 +170,9 @@ def run_fddb(args: argparse.Namespace) -> dict:
             "Discrete": (result.false_positives, result.discrete),
             "Continuous": (result.false_positives, result.continuous),
         }
-        columns = ("false_positives", "discrete", "continuous", "thresholds")
-        np.savez_compressed(args.output / "roc_curves.npz", **{name: getattr(result, name) for name in columns})
+        names = ("false_positives", "discrete", "continuous", "thresholds")
+        arrays = {name: getattr(result, name) for name in names}
+        np.savez_compressed(args.output / "roc_curves.npz", **arrays)
         plot_roc_curves({args.name: curves}, args.output / "roc_curve.png")
     return {
         "disc_tpr": {str(count): json_number(rate) for count, rate in zip(counts, discrete, strict=True)},

@@ -25,7 +25,7 @@ from gs_d2.evaluation import fddb  # noqa: E402
 from gs_d2.evaluation.fddb_regions import bounding_boxes  # noqa: E402
 
 TARGET = ROOT / "gs_d2" / "evaluation" / "fddb_ellipse_fit.py"
-TEMPLATE = '''"""How a rectangle becomes an ellipse; written by tools/fit_fddb_ellipse.py from FDDB's annotations."""
+TEMPLATE = '''"""How a rectangle becomes an ellipse: FDDB's annotations fitted by tools/fit_fddb_ellipse.py."""
 
 # (major radius, minor radius) = RADII @ (width, height); the centre is that of the rectangle.
 RADII = (({:.6f}, {:.6f}), ({:.6f}, {:.6f}))
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     errors = rectangle_sizes(ellipses) @ radii.T / ellipses[:, :2] - 1
     text = TEMPLATE.format(*radii.ravel(), angle)
     print(text)
-    print(f"{len(ellipses)} ellipses; error of the radii (root mean square): {np.sqrt((errors**2).mean(axis=0))}")
+    major, minor = np.sqrt((errors**2).mean(axis=0))
+    print(f"{len(ellipses)} ellipses; relative error of the radii: {major:.1%}, {minor:.1%} (root mean square)")
     if args.write:
         TARGET.write_text(text)
     return 0

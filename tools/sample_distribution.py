@@ -11,6 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+TITLES = {
+    "pos_matched": "positive, matched",
+    "neg_matched": "negative, matched",
+    "pos_sampled": "positive, sampled",
+    "neg_sampled": "negative, sampled",
+}
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,16 +36,19 @@ def main():
 def read_counts(metrics_file: Path) -> dict[str, dict[float, float]]:
     """Mean anchors per image over the run: {"pos_sampled": {16.0: 12.3, ...}, ...}."""
     values = defaultdict(lambda: defaultdict(list))
-    for number, line in enumerate(metrics_file.read_text().splitlines(), 1):
+    try:
+        lines = metrics_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{metrics_file}: not a text file ({error})") from error
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{metrics_file}:{number}: not JSON ({error})") from error
-        for key, value in record.items():
-            if key.startswith("groups/") and "@" in key:
-                name, scale = key.removeprefix("groups/").split("@")
-                values[name][float(scale)].append(value)
-    if "pos_sampled" not in values:
+            for key, value in json.loads(line).items():
+                if key.startswith("groups/") and "@" in key:
+                    name, scale = key.removeprefix("groups/").split("@")
+                    values[name][float(scale)].append(float(value))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{metrics_file}:{number}: not a record of metrics ({error})") from error
+    if not values.keys() >= TITLES.keys():
         raise ValueError(f"{metrics_file}: no group statistics; is it the metrics.json of a training run of gs_d2?")
     return {name: {s: float(np.mean(v)) for s, v in sorted(by.items())} for name, by in values.items()}
 
@@ -51,12 +61,7 @@ def shares(by_scale):
 def print_table(counts):
     scales = list(counts["pos_sampled"])
     print("anchors per image".ljust(24) + "".join(f"{scale:>12g}" for scale in scales))
-    for name, title in (
-        ("pos_matched", "positive, matched"),
-        ("neg_matched", "negative, matched"),
-        ("pos_sampled", "positive, sampled"),
-        ("neg_sampled", "negative, sampled"),
-    ):
+    for name, title in TITLES.items():
         print(title.ljust(24) + "".join(f"{counts[name][scale]:12.1f}" for scale in scales))
 
 

@@ -66,9 +66,11 @@ def draw_scene(rng, size, crowded):
     for scale, kind in sorted(zip(scales, rng.permutation(kinds), strict=True), reverse=True):
         aspect = rng.uniform(1.1, 1.4)
         w, h = scale / math.sqrt(aspect), scale * math.sqrt(aspect)
+        if w >= width or h >= height:
+            continue
         for _ in range(30):
             x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            if w < width and h < height and not any(overlap((x, y, w, h), other) for other in occupied):
+            if not any(overlap((x, y, w, h), other) for other in occupied):
                 occupied.append((x, y, w, h))
                 (draw_face if kind == "face" else draw_distractor)(rng, canvas, x, y, w, h)
                 if kind == "face":
@@ -220,13 +222,19 @@ def write_ground_truth(folder, annotations):
         )
         for key in ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
     }
-    savemat(folder / "wider_face_val.mat", {**common, **labels})
+    write_mat(folder / "wider_face_val.mat", {**common, **labels})
     for subset, min_height in SUBSET_MIN_HEIGHT.items():
         kept = cells(
             cells((np.flatnonzero(boxes[:, 3] >= min_height) + 1).reshape(-1, 1) for _, boxes in images)
             for images in annotations.values()
         )
-        savemat(folder / f"wider_{subset}_val.mat", {**common, "gt_list": kept})
+        write_mat(folder / f"wider_{subset}_val.mat", {**common, "gt_list": kept})
+
+
+def write_mat(path, content):
+    savemat(path, content)
+    with open(path, "r+b") as file:
+        file.write(b"MATLAB 5.0 MAT-file, drawn faces".ljust(116))  # in place of a text with the time of day
 
 
 def cells(values):

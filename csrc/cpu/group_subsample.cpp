@@ -47,7 +47,8 @@ void sort_keys(const SubsampleProblem& p, int64_t begin, int64_t count, uint32_t
 // Keeps the `capacity` smallest of the keys pushed into it.
 class SmallestKeys {
  public:
-  explicit SmallestKeys(int64_t capacity) : capacity_(capacity), bound_(capacity > 0 ? ~uint64_t{0} : 0) {}
+  explicit SmallestKeys(int64_t capacity) : capacity_(capacity), bound_(capacity > 0 ? ~uint64_t{0} : 0) {
+  }
 
   void push(uint64_t key) {
     if (key >= bound_) return;

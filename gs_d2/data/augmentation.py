@@ -1,5 +1,7 @@
 """The paper's training augmentation (section 5, "WIDER FACE") as a Detectron2 augmentation."""
 
+import math
+
 import numpy as np
 from detectron2.data import transforms as T
 
@@ -19,7 +21,7 @@ class ScaleJitterCrop(T.Augmentation):
         super().__init__()
         self.scales = [float(scale) for scale in scales]
         self.max_size = int(max_size)
-        if not self.scales or min(self.scales) <= 0 or self.max_size < 1:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales) or self.max_size < 1:
             raise ValueError(f"scales must be positive and max_size at least 1, got {scales} and {max_size}")
 
     def get_transform(self, image):

@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 _BOX_COLUMNS = 4
+_MAX_NUMBER = 1e6  # pixels; also keeps NaN and infinity out
 
 
 def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
@@ -46,8 +47,12 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
             f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}) as widerface/wider_face_split and "
             "widerface/WIDER_{train,val,test}/images"
         )
-    lines = list_file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{list_file}: not UTF-8 text ({error})") from error
     records = []
+    lines_of_names = {True: [], False: []}  # of images with and without a number of faces
     at = 0
     while at < len(lines):
         name = lines[at].strip()
@@ -55,10 +60,19 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
         if not name:
             continue
         _check_image_name(name, list_file, at)
+        name_line = at
+        while at < len(lines) and not lines[at].strip():
+            at += 1
+        has_count = at < len(lines) and not _is_image_name(lines[at])
+        lines_of_names[has_count].append(name_line)
         rows = np.zeros((0, _BOX_COLUMNS))
-        if at < len(lines) and not _is_image_name(lines[at]):
+        if has_count:
             rows, at = _read_rows(lines, at, list_file)
         records.append(_record(name, rows, image_root))
+    if lines_of_names[True] and lines_of_names[False]:
+        raise ValueError(
+            f"{list_file}:{lines_of_names[False][0]}: this image has no number of faces, and others of the list have"
+        )
     if attributes_mat is not None and Path(attributes_mat).is_file():
         _add_attributes(records, attributes_mat)
     return records
@@ -70,14 +84,14 @@ def _is_image_name(line: str) -> bool:
 
 def _check_image_name(name, list_file, line_number):
     path = PurePosixPath(name)
-    if not _is_image_name(name) or path.is_absolute() or ".." in path.parts:
+    if len(path.parts) != 2 or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{list_file}:{line_number}: expected an image path like event/name.jpg, got {name!r}")
 
 
 def _read_rows(lines, at, list_file):
     """The face count at line index `at` and its rows; returns them [n, 4 or 10] and the index after them."""
     text = lines[at].strip()
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"{list_file}:{at + 1}: expected a number of faces, got {text!r}")
     count = int(text)
     at += 1
@@ -89,9 +103,10 @@ def _read_rows(lines, at, list_file):
         well_formed = rows.shape in ((stop - at, 10), (stop - at, _BOX_COLUMNS)) or stop == at
     except ValueError:
         well_formed = False
-    if not well_formed or len(rows) != stop - at or not np.isfinite(rows).all():
+    well_formed = well_formed and len(rows) == stop - at and (np.abs(rows) < _MAX_NUMBER).all()
+    if not well_formed or (dummy and rows.any()):
         raise ValueError(
-            f"{list_file}:{at + 1}: expected {count} rows of finite numbers "
+            f"{list_file}:{at + 1}: expected {count} rows of numbers below {_MAX_NUMBER:g} "
             f"'x y w h {' '.join(ATTRIBUTES)}', and the lines up to {stop} are something else"
         )
     return rows[:count].reshape(count, -1) if count else np.zeros((0, _BOX_COLUMNS)), stop

@@ -60,7 +60,7 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
 
     with FileTree(path) as tree:
         names = [n for n in tree.names if n.rsplit("/", 1)[-1] == _FILE_NAMES[benchmark]]
-        if not names and len(tree.names) == 1 and tree.names[0].endswith(".mat"):
+        if not names and tree.is_file:  # named by the user, whatever it is called
             names = tree.names
         if not names:
             raise FileNotFoundError(f"{path}: no {_FILE_NAMES[benchmark]}; it is in face-eval's annotations")

@@ -33,7 +33,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     with FileTree(path) as tree:
         names = [n for n in tree.names if "ellipselist" in n.rsplit("/", 1)[-1].lower() and n.endswith(".txt")]
-        if not names and len(tree.names) == 1:
+        if not names and tree.is_file:  # named by the user, whatever it is called
             names = tree.names
         if not names:
             raise ValueError(f"{path}: no FDDB-fold-*-ellipseList.txt below it; they are in FDDB-folds.tgz")

@@ -83,6 +83,11 @@ class FileTree:
             self._members[name] = info
         return self._members
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the tree is one file that is not a zip."""
+        return self._zip is None and not self.path.is_dir()
+
     def __enter__(self):
         return self
 

@@ -39,10 +39,10 @@ def format_wider_table(
     for scale, scale_result in (by_scale or {}).items():
         rows.append([f"All @{scale}", percent(scale_result.curves["all"].ap), str(scale_result.num_faces["all"])])
     for attribute, values in ATTRIBUTES.items():
-        for value in values:
+        annotated = [value for value in values if result.num_faces.get(f"{attribute}.{value}")]
+        for value in annotated if len(annotated) > 1 else ():  # a list without this attribute has one value for all
             name = f"{attribute}.{value}"
-            if name in result.curves:
-                rows.append([f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])])
+            rows.append([f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])])
     lines = [format_table(["subset", "AP", "faces"], rows)]
     if setting:
         lines.append("setting: " + ", ".join(f"{name} {value}" for name, value in setting.items()))

@@ -7,6 +7,9 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+
+from gs_d2 import compat  # noqa: F401  isort: skip
+
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -77,7 +80,8 @@ class WiderFaceEvaluator(DatasetEvaluator):
 
         Returns:
             OrderedDict: {"wider_face": {"easy", "medium", "hard", "all", "all_valid", and "all@<scale>"}} in
-            percent, on the main process; {} on the others.
+            percent, on the main process; {} on the others. Empty for the test set, whose annotations are not
+            public: then the predictions and `submission.zip`, to be sent to the authors, are all there is.
         """
         if self._distributed:
             comm.synchronize()
@@ -92,6 +96,8 @@ class WiderFaceEvaluator(DatasetEvaluator):
             group_scales |= part_scales
 
         ground_truth = self._ground_truth(detections)
+        if not len(ground_truth.boxes):
+            return self._write_submission(detections)
         missing = [image_id for image_id in ground_truth.image_ids if image_id not in detections]
         if missing:
             _logger.warning(
@@ -122,17 +128,20 @@ class WiderFaceEvaluator(DatasetEvaluator):
             # The training images, or a dataset of the user's own, are not in the official files of val.
             if not detections or not detections.keys().isdisjoint(ground_truth.image_ids):
                 return ground_truth
+        dicts = DatasetCatalog.get(self._dataset_name)
+        ground_truth = WiderGroundTruth.from_boxes(
+            [d["image_id"] for d in dicts],
+            [d.get("gt_boxes", ()) for d in dicts],
+            [d.get("attributes", {}) for d in dicts],
+        )
+        if not len(ground_truth.boxes):  # the test set
+            return ground_truth
         _logger.warning(
             f"No official subsets for {self._dataset_name}: easy, medium and hard need "
             f"wider_{{face,easy,medium,hard}}_val.mat (from the official evaluation tools) in {folder}; "
             "only all and all_valid are computed, from the annotation list"
         )
-        dicts = DatasetCatalog.get(self._dataset_name)
-        return WiderGroundTruth.from_boxes(
-            [d["image_id"] for d in dicts],
-            [d["gt_boxes"] for d in dicts],
-            [d.get("attributes", {}) for d in dicts],
-        )
+        return ground_truth
 
     def _evaluate_scales(self, ground_truth, detections, group_scales) -> dict[int, WiderResult]:
         """One evaluation a scale, with only its outputs (columns @16, @32, ... of the paper)."""
@@ -150,10 +159,19 @@ class WiderFaceEvaluator(DatasetEvaluator):
             for scale in scales
         }
 
+    def _write_submission(self, detections) -> OrderedDict:
+        if self._output_dir is None:
+            _logger.warning(f"{self._dataset_name} has no annotations and there is no output_dir: nothing to do")
+            return OrderedDict()
+        write_wider_predictions(detections, self._output_dir / "predictions")
+        write_wider_predictions(detections, self._output_dir / "submission.zip")
+        _logger.info(f"{self._dataset_name} has no annotations; submission.zip is in {self._output_dir}")
+        return OrderedDict()
+
     def _write(self, detections, result: WiderResult, summary: dict) -> None:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         write_wider_predictions(detections, self._output_dir / "predictions")
-        (self._output_dir / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (self._output_dir / "results.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
         save_curves(result.curves, self._output_dir / "pr_curves.npz")
         plot_pr_curves({"gs_d2": result.curves}, self._output_dir / "pr_curve.png")
         _logger.info(f"Predictions, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")

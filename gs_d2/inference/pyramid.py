@@ -11,8 +11,10 @@ in other projects, cuDNN's search for the fastest algorithm for every new shape,
 """
 
 import contextlib
+import ctypes
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -163,6 +165,8 @@ class PyramidDetector(nn.Module):
                     image = batched_inputs[view.image]
                     size = image.get("height", image["image"].shape[1]), image.get("width", image["image"].shape[2])
                     found[view.image].append(self._map_back(candidates, view, size))
+                if self.model.device.type == "cpu":
+                    _return_freed_memory()
         return [{"instances": self._merge(candidates)} for candidates in found]
 
     def _batches(self, images: list[Tensor]) -> Iterator[list[View]]:
@@ -230,6 +234,15 @@ def _no_cudnn_benchmark():
         yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
+
+
+def _return_freed_memory():
+    """glibc keeps what was freed for allocations that fit, and images of ever other sizes fit badly: without this, 8
+    levels of four 800 px images peak 450 MB above one level, with it 30 MB."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library may not have it
+        if trim is not None:
+            trim(0)
 
 
 def _render(image: Tensor, view: View) -> Tensor:

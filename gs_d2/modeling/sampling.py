@@ -67,3 +67,21 @@ class GroupSampler:
             losses=None if self.method == "random" else losses,
             seed=seed,
         )
+
+    def subsample_labels(
+        self, labels: Tensor, group_idxs: Tensor, bg_label: int, losses: Tensor | None = None, seed=None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples class labels and returns indices, as Detectron2's ``subsample_labels`` does.
+
+        Args:
+            labels (integer Tensor[N]): -1 is ignored, `bg_label` is background, anything else foreground.
+            group_idxs, losses, seed: as when called.
+            bg_label (int): the number of classes in ROI heads, 0 in an RPN.
+
+        Returns:
+            pos_idx, neg_idx (int64 Tensors): rows drawn, ascending. Their number depends on the labels, so this waits
+            for the GPU; the call itself does not.
+        """
+        match_labels = torch.where(labels == -1, -1, (labels != bg_label).to(torch.int8)).to(torch.int8)
+        sampled = self(match_labels, group_idxs, losses, seed)
+        return torch.nonzero(sampled == 1)[:, 0], torch.nonzero(sampled == 0)[:, 0]

@@ -160,6 +160,23 @@ def test_official_files_of_other_images_are_not_used(data_dir, dataset):
     assert list(figures) == ["all", "all_valid"] and figures["all"] > 0
 
 
+def test_the_test_set_gives_a_submission(tmp_path):
+    dicts = [{"image_id": image_id} for image_id in IDS]
+    DatasetCatalog.register(NAME, lambda: dicts)
+    try:
+        evaluator = WiderFaceEvaluator(NAME, str(tmp_path))
+        evaluator.process(dicts, outputs_of(dataset_dicts()))
+        assert evaluator.evaluate() == {}
+    finally:
+        DatasetCatalog.remove(NAME)
+    submission = read_wider_predictions(tmp_path / "submission.zip", IDS)
+    folder = read_wider_predictions(tmp_path / "predictions", IDS)
+    assert submission.missing == [] and not (tmp_path / "results.json").exists()
+    for image_id in IDS:
+        assert len(submission.detections[image_id]) == 10
+        np.testing.assert_array_equal(submission.detections[image_id], folder.detections[image_id])
+
+
 def _run_process(rank, port, output_dir, queue):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     dicts = dataset_dicts()

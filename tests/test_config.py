@@ -1,0 +1,273 @@
+"""Every YAML builds what it says, and the check that refuses Detectron2's defaults names each of them."""
+
+import ast
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import gs_d2.data
+import gs_d2.modeling  # noqa: F401
+from gs_d2.config import add_gs_config, check_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+YAML_FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def default_cfg():
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    return cfg
+
+
+def load(name):
+    cfg = default_cfg()
+    cfg.merge_from_file(str(CONFIGS / name))
+    return cfg
+
+
+def quick_cfg(*opts):
+    cfg = load("quick/demo.yaml")
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def own_keys(name) -> dict:
+    return yaml.safe_load((CONFIGS / name).read_text())
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def get(cfg, key):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def test_there_are_configs_to_test():
+    assert {"Base-WIDER.yaml", "wider/fpn_finest_sampling.yaml", "quick/demo.yaml"} <= set(YAML_FILES)
+
+
+@pytest.mark.parametrize("name", YAML_FILES)
+def test_loads_from_configs_alone(name):
+    base, seen = name, []
+    while base is not None:
+        assert base not in seen, "a circle of _BASE_"
+        seen.append(base)
+        parent = own_keys(base).get("_BASE_")
+        if parent is not None:
+            parent = (CONFIGS / base).parent.joinpath(parent).resolve()
+            assert parent.is_relative_to(CONFIGS), "the chain of _BASE_ leaves configs/"
+            parent = parent.relative_to(CONFIGS).as_posix()
+        base = parent
+    assert seen[-1].split("/")[-1].startswith("Base-")
+    load(name)
+
+
+@pytest.mark.parametrize("name", [name for name in YAML_FILES if "_BASE_" in own_keys(name)])
+def test_holds_differences_only(name):
+    """What a file inherits it does not repeat. The first of a chain states the paper's values whole."""
+    keys = own_keys(name)
+    base = (CONFIGS / name).parent.joinpath(keys.pop("_BASE_")).resolve().relative_to(CONFIGS).as_posix()
+    inherited, own = load(base), load(name)
+    repeated = [key for key, _ in leaves(keys) if get(inherited, key) == get(own, key)]
+    assert repeated == []
+
+
+@pytest.mark.parametrize("name", YAML_FILES)
+def test_keeps_no_breaking_default(name):
+    cfg = load(name)
+    assert cfg.MODEL.GS.CHECK_DEFAULTS, "no config of ours needs to opt out"
+    check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("TEST.DETECTIONS_PER_IMAGE", 100),
+        ("MODEL.RPN.NMS_THRESH", 0.7),
+        ("MODEL.RPN.PRE_NMS_TOPK_TEST", 6000),
+        ("MODEL.RPN.POST_NMS_TOPK_TEST", 1000),
+        ("MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7]),
+        ("MODEL.RPN.POSITIVE_FRACTION", 0.5),
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 256),
+    ],
+)
+def test_a_breaking_default_is_named(key, default):
+    assert get(get_cfg(), key) == default, "Detectron2 has another default: does it still break the method?"
+    cfg = load("Base-WIDER.yaml")
+    check_config(cfg)
+    cfg.merge_from_list([key, default])
+    with pytest.raises(ValueError, match=f"{key} is Detectron2's default ") as error:
+        check_config(cfg)
+    assert str(error.value).count("is Detectron2's default") == 1
+    assert "configs/Base-WIDER.yaml" in str(error.value) and "MODEL.GS.CHECK_DEFAULTS False" in str(error.value)
+    cfg.MODEL.GS.CHECK_DEFAULTS = False
+    check_config(cfg)
+
+
+def test_all_breaking_defaults_are_named_at_once():
+    with pytest.raises(ValueError) as error:
+        check_config(default_cfg())
+    assert str(error.value).count("is Detectron2's default") == 7
+
+
+def test_every_own_key_is_read():
+    """Keys that nothing reads are promises that nothing keeps."""
+    without = dict(leaves(get_cfg()))
+    own = [key for key, _ in leaves(default_cfg()) if key not in without]
+    assert "MODEL.GS.SAMPLER" in own and "TEST.GS.SCORE_THRESH" in own
+    assert all(".GS." in key for key in own)
+    read = set()
+    for path in [ROOT / "train_net.py", *ROOT.glob("gs_d2/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    assert [key for key in own if key.split(".")[-1] not in read] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL:\n  GS:\n    SAMPLERS: 'wrs'\n", "Non-existent config key: MODEL.GS.SAMPLERS"),
+        ("INPUT:\n  GS:\n    MIN_FACE: 8\n", "Non-existent config key: INPUT.GS.MIN_FACE"),
+        ("MODEL:\n  GS:\n    GROUP_SCALES: 16\n", "Type mismatch"),
+    ],
+)
+def test_unknown_yaml_is_refused(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises((KeyError, ValueError), match=message):
+        default_cfg().merge_from_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.GS.SAMPLER", "weighted", "method must be one of random, wrs, ohem, got 'weighted'"),
+        ("MODEL.GS.SECOND_PASS", "first", "second_pass must be best, all or none, got 'first'"),
+        ("MODEL.GS.ANCHOR_STRIDES", [[4, 8]], "anchor_strides must rise, one for each of sizes"),
+        ("MODEL.GS.ANCHOR_STRIDES", [[2, 4, 4, 4]], "anchor_strides must be multiples of the map's stride 4"),
+        ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "BBOX_REG_LOSS_TYPE must be one of smooth_l1, least_square_iou, iou"),
+        ("MODEL.RPN.IOU_THRESHOLDS", [0.6, 0.4], r"thresholds must be \[low, high\] with 0 < low <= high <= 1"),
+        ("MODEL.RPN.IOU_LABELS", [0, 0, 1], r"labels must be \[0, -1, 1\], got \[0, 0, 1\]"),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", 1.0, r"offset must be in \[0, 1\), got 1.0"),
+        ("MODEL.FPN.IN_FEATURES", ["res2", "res4"], "in_features must double in stride"),
+        ("MODEL.RPN.HEAD_NAME", "SoftmaxHead", "SoftmaxHead"),
+        ("MODEL.META_ARCHITECTURE", "RpnDetector", "RpnDetector"),
+    ],
+)
+def test_a_wrong_value_builds_nothing(key, value, message):
+    cfg = quick_cfg()
+    cfg.merge_from_list([key, value])
+    with pytest.raises((ValueError, KeyError), match=message):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize("name", [name for name in YAML_FILES if load(name).SOLVER.REFERENCE_WORLD_SIZE])
+@pytest.mark.parametrize("num_gpus", [1, 2, 4, 8])
+def test_any_number_of_gpus_trains_equally_long(name, num_gpus):
+    cfg = load(name)
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_gpus)
+    images_per_gpu = cfg.SOLVER.IMS_PER_BATCH / cfg.SOLVER.REFERENCE_WORLD_SIZE
+    assert scaled.SOLVER.IMS_PER_BATCH == images_per_gpu * num_gpus
+    for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
+        seen = cfg.SOLVER[key] * cfg.SOLVER.IMS_PER_BATCH
+        assert scaled.SOLVER[key] * scaled.SOLVER.IMS_PER_BATCH == pytest.approx(seen, abs=num_gpus)
+    rate = cfg.SOLVER.BASE_LR / cfg.SOLVER.IMS_PER_BATCH
+    assert scaled.SOLVER.BASE_LR / scaled.SOLVER.IMS_PER_BATCH == pytest.approx(rate)
+
+
+def test_wider_trains_as_the_paper_does():
+    cfg = load("Base-WIDER.yaml")
+    epoch = 12880 / cfg.SOLVER.IMS_PER_BATCH
+    assert cfg.SOLVER.MAX_ITER == 100 * epoch
+    assert tuple(cfg.SOLVER.STEPS) == (60 * epoch, 80 * epoch)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY) == (0.01, 0.9, 5e-5)
+    assert cfg.INPUT.GS.SCALES == [0.25 * n for n in range(1, 9)] and cfg.INPUT.GS.MAX_CROP_SIZE == 1200
+
+
+def batch(num_images, height=64, width=96):
+    """Random images with two faces each, the last one with none, and regions to ignore."""
+    generator = torch.Generator().manual_seed(0)
+    faces = torch.tensor([[10.0, 10, 30, 34], [50, 5, 90, 60]])
+    inputs = []
+    for i in range(num_images):
+        boxes = faces if i < num_images - 1 or num_images == 1 else faces[:0]
+        instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=torch.zeros(len(boxes)).long())
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        ignore_boxes = Boxes(torch.tensor([[0.0, 40, 20, 60]])[: 1 - i % 2])
+        inputs.append({"image": image, "instances": instances, "ignore_boxes": ignore_boxes})
+    return inputs
+
+
+@pytest.mark.parametrize("name", YAML_FILES)
+def test_trains_and_detects(name):
+    cfg = load(name)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads wait for each other more than they compute on images as small as these
+    try:
+        train_and_detect(CfgNode({key: cfg[key] for key in ("MODEL", "SOLVER", "TEST")}).dump())
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@functools.cache  # files that differ only in their data train the same model
+def train_and_detect(settings: str):
+    cfg = default_cfg()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(settings))
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)  # its warm-up keeps a net from random weights finite
+    before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    with EventStorage():
+        for _ in range(2):
+            losses = model(batch(2))
+            assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc"}
+            assert all(math.isfinite(loss.item()) and loss > 0 for loss in losses.values()), losses
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            scheduler.step()
+    after = dict(model.named_parameters())
+    assert before and all(torch.isfinite(after[key]).all() for key in before)
+    unmoved = [key for key in before if torch.equal(before[key], after[key])]
+    assert unmoved == [], "a trainable parameter that training does not reach"
+
+    model.eval()
+    with torch.no_grad():
+        (result,) = model([{**batch(1)[0], "height": 128, "width": 192}])
+    found = result["instances"]
+    assert found.image_size == (128, 192)
+    assert 0 < len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
+    boxes = found.pred_boxes.tensor
+    assert torch.isfinite(boxes).all() and (boxes >= 0).all()
+    assert (boxes <= torch.tensor([192, 128, 192, 128])).all()
+    assert (found.scores >= cfg.TEST.GS.SCORE_THRESH).all() and (found.scores <= 1).all()
+    assert (found.scores[1:] <= found.scores[:-1]).all()
+    assert set(found.group_scales.tolist()) <= {float(size) for row in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in row}
+
+
+def test_config_nodes_are_detectron2s():
+    """Other tools (visualisers, exporters) merge and dump the config as any of Detectron2's."""
+    cfg = default_cfg()
+    assert isinstance(cfg.MODEL.GS, CfgNode)
+    assert CfgNode(yaml.safe_load(cfg.dump())).MODEL.GS == cfg.MODEL.GS

@@ -1,0 +1,401 @@
+"""Which part may use which: the import table of the project, enforced by parsing every source file.
+
+Python imports are found anywhere in a file, inside functions too; C++ includes by their text. Each rule is shown to
+catch a violation in `VIOLATIONS`.
+"""
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the files of one part may use.
+
+    Attributes:
+        files: patterns of paths; the first rule that fits a file is the file's only one.
+        may: what is importable: a Python module with everything below it, or a pattern of C++ headers. The standard
+            library of either language always is.
+        never: regular expressions that must not be found in the code, comments and strings apart.
+        cfg: the functions that may touch a name `cfg` (Python): "builders" are from_config and registered functions.
+    """
+
+    files: tuple[str, ...]
+    may: tuple[str, ...]
+    never: tuple[str, ...] = ()
+    cfg: str = "nowhere"
+
+
+TORCH_OPS_DIRECTLY = r"\btorch\s*\.\s*ops\s*\.\s*gs_d2\b"
+DETECTRON2_MODELING = (
+    "detectron2.config.configurable",
+    "detectron2.layers",
+    "detectron2.modeling",
+    "detectron2.structures",
+    "detectron2.utils.events",
+)
+
+RULES = {
+    # Python
+    "gs_d2": Rule(files=("gs_d2/__init__.py",), may=()),
+    "compat": Rule(files=("gs_d2/compat.py",), may=("detectron2",)),
+    "config": Rule(
+        files=("gs_d2/config.py",),
+        may=("detectron2.config", "gs_d2.compat"),
+        cfg="anywhere",
+    ),
+    "ops": Rule(files=("gs_d2/ops/*.py",), may=("torch", "gs_d2._C", "gs_d2.ops")),
+    "modeling without cfg": Rule(
+        files=("gs_d2/modeling/matcher.py", "gs_d2/modeling/sampling.py", "gs_d2/modeling/losses.py"),
+        may=("torch", "gs_d2.ops", "detectron2.structures"),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
+    "modeling": Rule(
+        files=("gs_d2/modeling/*.py",),
+        may=(
+            "torch",
+            "torchvision.ops",
+            "fvcore.nn",
+            "gs_d2.compat",
+            "gs_d2.modeling",
+            "gs_d2.ops",
+            *DETECTRON2_MODELING,
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="builders",
+    ),
+    "data": Rule(
+        files=("gs_d2/data/*.py",),
+        may=(
+            "numpy",
+            "scipy",
+            "torch",
+            "detectron2.config.configurable",
+            "detectron2.data",
+            "detectron2.structures",
+            "gs_d2.compat",
+            "gs_d2.data",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="builders",
+    ),
+    "evaluation": Rule(
+        files=("gs_d2/evaluation/*.py",),
+        may=(
+            "numpy",
+            "scipy",
+            "h5py",
+            "PIL",
+            "matplotlib",
+            "tqdm",
+            "detectron2.data",
+            "detectron2.evaluation",
+            "detectron2.utils.comm",
+            "gs_d2.compat",
+            "gs_d2.evaluation",
+        ),
+    ),
+    "inference": Rule(
+        files=("gs_d2/inference/*.py",),
+        may=(
+            "numpy",
+            "torch",
+            "detectron2.config.configurable",
+            "detectron2.data.transforms",
+            "detectron2.structures",
+            "gs_d2.compat",
+            "gs_d2.config.check_pyramid",
+            "gs_d2.inference",
+            "gs_d2.ops",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="builders",
+    ),
+    "visualization": Rule(files=("gs_d2/visualization.py",), may=("numpy", "PIL")),
+    # C++ and CUDA
+    "csrc/math": Rule(
+        files=("csrc/math/*",),
+        may=("csrc/math/*.h",),
+        never=(r"\bnew\b", r"\bmalloc\b", r"\btorch\b", r"__global__"),
+    ),
+    "csrc/cpu": Rule(
+        files=("csrc/cpu/*",),
+        may=("csrc/math/*.h", "csrc/cpu/*.h"),
+        never=(r"\btorch\b", r"\bexit\s*\("),
+    ),
+    "csrc/cuda": Rule(
+        files=("csrc/cuda/*",),
+        may=("csrc/math/*.h", "csrc/cuda/*.h", "<cuda_runtime.h>", "<cub/*/*.cuh>"),  # never all of <cub/cub.cuh>
+        never=(r"\btorch\b", r"\bexit\s*\("),
+    ),
+    "csrc/ops for CUDA": Rule(
+        files=("csrc/ops/*_cuda.cpp", "csrc/ops/cuda_*.h"),
+        may=(
+            "csrc/ops/check.h",
+            "csrc/ops/cuda_*.h",
+            "csrc/cuda/kernels.h",
+            "csrc/math/*.h",
+            "<cuda_runtime.h>",
+            "<torch/csrc/stable/*>",
+            "<torch/headeronly/*>",
+        ),
+        never=(r"<<<",),
+    ),
+    "csrc/ops": Rule(
+        files=("csrc/ops/*",),
+        may=(
+            "csrc/ops/check.h",
+            "csrc/cpu/kernels.h",
+            "csrc/math/*.h",
+            "<Python.h>",
+            "<torch/csrc/stable/*>",
+            "<torch/headeronly/*>",
+        ),
+        never=(r"<<<",),
+    ),
+}
+
+# The oracle of the tests: only ops/__init__.py may name it, which loads it when somebody asks for ops.reference
+# (test_import.py shows that it does not load it otherwise).
+REFERENCE = "gs_d2.ops.reference"
+MAY_NAME_REFERENCE = ("gs_d2/ops/__init__.py",)
+
+
+# What breaks a rule: (rule, file, source, what the report must name).
+VIOLATIONS = [
+    ("gs_d2", "gs_d2/__init__.py", "import detectron2", "detectron2"),
+    ("gs_d2", "gs_d2/__init__.py", "from . import modeling", "gs_d2.modeling"),
+    ("compat", "gs_d2/compat.py", "from gs_d2 import ops", "gs_d2.ops"),
+    ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
+    ("config", "gs_d2/config.py", "import gs_d2.data", "gs_d2.data"),
+    ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),
+    ("ops", "gs_d2/ops/x.py", "def f():\n    import detectron2.config as c", "detectron2.config"),
+    ("ops", "gs_d2/ops/x.py", "def f(cfg):\n    return 1", "cfg"),
+    ("ops", "gs_d2/ops/x.py", "from ..modeling import rpn", "gs_d2.modeling.rpn"),
+    ("ops", "gs_d2/ops/fake.py", "from gs_d2.ops.reference import box_iou", REFERENCE),
+    ("modeling without cfg", "gs_d2/modeling/losses.py", "def from_config(cls, cfg):\n    pass", "cfg"),
+    (
+        "modeling without cfg",
+        "gs_d2/modeling/matcher.py",
+        "from detectron2.utils.events import get_event_storage",
+        "detectron2.utils.events.get_event_storage",
+    ),
+    (
+        "modeling without cfg",
+        "gs_d2/modeling/sampling.py",
+        "from detectron2.utils.registry import Registry",
+        "detectron2.utils.registry.Registry",
+    ),
+    ("modeling without cfg", "gs_d2/modeling/losses.py", "from .rpn import x", "gs_d2.modeling.rpn.x"),
+    ("modeling without cfg", "gs_d2/modeling/matcher.py", "torch.ops.gs_d2.box_iou(a, b)", "torch.ops.gs_d2"),
+    ("modeling", "gs_d2/modeling/anchors.py", "def __init__(self, cfg):\n    self.x = 1", "cfg"),
+    ("modeling", "gs_d2/modeling/rpn.py", "class A:\n    def f(self):\n        return self.cfg.MODEL", "cfg"),
+    ("modeling", "gs_d2/modeling/backbone.py", "def build_x(cfg):\n    return cfg.MODEL", "cfg"),
+    ("modeling", "gs_d2/modeling/rpn.py", "y = torch.ops.gs_d2.box_iou(a, b)", "torch.ops.gs_d2"),
+    ("modeling", "gs_d2/modeling/rpn.py", "from torch.ops import gs_d2", "torch.ops"),
+    ("modeling", "gs_d2/modeling/rpn.py", "from torch import ops", "torch.ops"),
+    ("modeling", "gs_d2/modeling/rpn.py", "import importlib\nimportlib.import_module('gs_d2.data')", "gs_d2.data"),
+    ("modeling", "gs_d2/modeling/meta_arch.py", "from gs_d2 import evaluation", "gs_d2.evaluation"),
+    ("modeling", "gs_d2/modeling/meta_arch.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
+    ("modeling", "gs_d2/modeling/rpn.py", "from gs_d2.ops import reference", REFERENCE),
+    ("modeling", "gs_d2/modeling/rpn.py", "from gs_d2 import ops\nops.reference.box_iou(a, b)", REFERENCE),
+    ("data", "gs_d2/data/x.py", "from gs_d2.modeling import GroupSampler", "gs_d2.modeling.GroupSampler"),
+    ("data", "gs_d2/data/x.py", "from .. import ops", "gs_d2.ops"),
+    ("data", "gs_d2/data/x.py", "import gs_d2.evaluation.wider_face", "gs_d2.evaluation.wider_face"),
+    ("data", "gs_d2/data/x.py", "def __call__(self, cfg):\n    pass", "cfg"),
+    ("evaluation", "gs_d2/evaluation/x.py", "from gs_d2.data import load_wider_face", "gs_d2.data.load_wider_face"),
+    ("evaluation", "gs_d2/evaluation/x.py", "import gs_d2.ops", "gs_d2.ops"),
+    ("evaluation", "gs_d2/evaluation/x.py", "def from_config(cls, cfg):\n    pass", "cfg"),
+    ("inference", "gs_d2/inference/x.py", "from gs_d2.modeling import RPNDetector", "gs_d2.modeling.RPNDetector"),
+    ("inference", "gs_d2/inference/x.py", "from gs_d2.data import FaceDatasetMapper", "gs_d2.data.FaceDatasetMapper"),
+    ("inference", "gs_d2/inference/x.py", "def forward(self, cfg):\n    pass", "cfg"),
+    ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),
+    ("csrc/math", "csrc/math/x.h", "#include <torch/torch.h>", "<torch/torch.h>"),
+    ("csrc/math", "csrc/math/x.h", "#  include <cuda_runtime.h>", "<cuda_runtime.h>"),
+    ("csrc/math", "csrc/math/x.h", '#include "../cpu/kernels.h"', "csrc/cpu/kernels.h"),
+    ("csrc/math", "csrc/math/x.h", "float* f() { return new float[3]; }", "new"),
+    ("csrc/cpu", "csrc/cpu/x.cpp", "#include <torch/csrc/stable/tensor.h>", "<torch/csrc/stable/tensor.h>"),
+    ("csrc/cpu", "csrc/cpu/x.cpp", '#include "../cuda/kernels.h"', "csrc/cuda/kernels.h"),
+    ("csrc/cpu", "csrc/cpu/x.cpp", "void f() { std::exit(1); }", "exit"),
+    ("csrc/cuda", "csrc/cuda/x.cu", "#include <ATen/ATen.h>", "<ATen/ATen.h>"),
+    ("csrc/cuda", "csrc/cuda/x.cu", "#include <cub/cub.cuh>", "<cub/cub.cuh>"),
+    ("csrc/cuda", "csrc/cuda/x.cu", "torch::stable::Tensor f();", "torch"),
+    ("csrc/ops for CUDA", "csrc/ops/x_cuda.cpp", '#include "../cpu/kernels.h"', "csrc/cpu/kernels.h"),
+    ("csrc/ops for CUDA", "csrc/ops/x_cuda.cpp", "kernel<<<1, 2>>>();", "<<<"),
+    ("csrc/ops", "csrc/ops/x_cpu.cpp", '#include "../cuda/kernels.h"', "csrc/cuda/kernels.h"),
+    ("csrc/ops", "csrc/ops/check.h", '#include "../cuda/kernels.h"', "csrc/cuda/kernels.h"),
+    ("csrc/ops", "csrc/ops/x_cpu.cpp", '#include "cuda_launch.h"', "csrc/ops/cuda_launch.h"),
+    ("csrc/ops", "csrc/ops/x_cpu.cpp", "#include <ATen/ATen.h>", "<ATen/ATen.h>"),
+    ("csrc/ops", "csrc/ops/library.cpp", "kernel<<<1, 2>>>();", "<<<"),
+]
+
+# What looks like a violation and is none.
+ALLOWED = [
+    ("gs_d2/ops/x.py", '"""Not import detectron2."""\nimport math, torch.library\nfrom . import fake'),
+    ("gs_d2/ops/__init__.py", "from gs_d2.ops import reference"),
+    (
+        "gs_d2/modeling/rpn.py",
+        "class A:\n    @classmethod\n    def from_config(cls, cfg, shape):\n        x = cfg.MODEL",
+    ),
+    ("gs_d2/modeling/backbone.py", "@BACKBONE_REGISTRY.register()\ndef build_x(cfg, shape):\n    return cfg.MODEL"),
+    ("gs_d2/modeling/rpn.py", "from gs_d2 import ops  # not torch.ops.gs_d2\nops.box_iou(a, b)"),
+    ("gs_d2/config.py", "def check_config(cfg):\n    return cfg.MODEL"),
+    ("csrc/math/x.h", '// a new #include <torch/torch.h>\n#include <cmath>\n#include "box_iou.h"'),
+    ("csrc/cuda/x.cu", "#include <cub/block/block_reduce.cuh>\nkernel<<<1, 2>>>();"),
+    ("csrc/ops/x_cuda.cpp", '/* <<< */\n#include "../cuda/kernels.h"\n#include <torch/csrc/stable/ops.h>'),
+]
+
+
+def source_files() -> list[str]:
+    paths = [path for pattern in ("gs_d2/**/*.py", "csrc/**/*.*") for path in ROOT.glob(pattern)]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths if path.is_file())
+
+
+def rule_of(path: str) -> str | None:
+    return next((name for name, rule in RULES.items() if any(fnmatch(path, p) for p in rule.files)), None)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """One line for each thing that breaks the rule of the file."""
+    rule = RULES[rule_of(path)]
+    if not path.endswith(".py"):
+        return cpp_violations(path, source, rule)
+    tree = ast.parse(source, path)
+    found = [
+        f"imports {name}"
+        for name in imported_names(tree, path)
+        if name.split(".")[0] not in sys.stdlib_module_names and not any(is_below(name, part) for part in rule.may)
+    ]
+    found += [f"imports {name}" for name in imported_names(tree, path) if is_below(name, "torch.ops")]
+    if path not in MAY_NAME_REFERENCE:
+        found += [f"imports {name}" for name in imported_names(tree, path) if is_below(name, REFERENCE)]
+        found += [f"uses {REFERENCE}" for node in ast.walk(tree) if dotted(node).endswith("ops.reference")]
+    code = ast.unparse(without_strings(tree))
+    found += [f"has {match.group()}" for text in rule.never for match in re.finditer(text, code)]
+    return found + [f"touches cfg in line {line}" for line in cfg_outside_builders(tree, rule.cfg)]
+
+
+def imported_names(tree, path):
+    """Every module or name imported, absolute: `from a import b` is a.b, import_module("a.b") is a.b."""
+    package = PurePosixPath(path).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+
+
+def is_below(name, part):
+    return name == part or name.startswith(part + ".")
+
+
+def dotted(node) -> str:
+    """`a.b.c` of an attribute chain, else ""."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def without_strings(tree):
+    class Blank(ast.NodeTransformer):
+        def visit_Constant(self, node):
+            return ast.Constant("") if isinstance(node.value, str) else node
+
+        def visit_JoinedStr(self, node):
+            return ast.Constant("")
+
+    return Blank().visit(tree)
+
+
+def cfg_outside_builders(tree, where) -> list[int]:
+    lines = []
+
+    def visit(node):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and where == "builders":
+            registered = any(dotted(getattr(d, "func", d)).endswith("REGISTRY.register") for d in node.decorator_list)
+            if node.name == "from_config" or registered:
+                return
+        name = getattr(node, "id", getattr(node, "arg", getattr(node, "attr", None)))
+        if isinstance(node, (ast.Name, ast.arg, ast.Attribute)) and name == "cfg":
+            lines.append(node.lineno)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    if where != "anywhere":
+        visit(tree)
+    return lines
+
+
+def cpp_violations(path, source, rule):
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", source, flags=re.DOTALL)
+    found = []
+    for header in re.findall(r'^[ \t]*#[ \t]*include[ \t]*(<[^>]+>|"[^"]+")', code, flags=re.MULTILINE):
+        if header.startswith('"'):
+            header = normalised(PurePosixPath(path).parent / header.strip('"'))
+        standard = re.fullmatch(r"<[a-z_0-9]+>", header)
+        if not standard and not any(fnmatch(header, pattern) for pattern in rule.may):
+            found.append(f"includes {header}")
+    code = re.sub(r"^[ \t]*#[ \t]*include[^\n]*", "", code, flags=re.MULTILINE)
+    return found + [f"has {match.group()}" for text in rule.never for match in re.finditer(text, code)]
+
+
+def normalised(path: PurePosixPath) -> str:
+    parts = []
+    for part in path.parts:
+        parts = parts[:-1] if part == ".." else [*parts, part]
+    return "/".join(parts)
+
+
+@cache
+def text_of(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", source_files())
+def test_every_file_keeps_to_its_rule(path):
+    assert rule_of(path) is not None, f"{path} is of no part that the table knows: add it to RULES"
+    assert violations(path, text_of(path)) == []
+
+
+@pytest.mark.parametrize(("rule", "path", "source", "named"), VIOLATIONS)
+def test_a_violation_is_found(rule, path, source, named):
+    assert rule_of(path) == rule
+    found = violations(path, source)
+    assert found, "the rule lets it through"
+    assert any(named in line for line in found), found
+
+
+@pytest.mark.parametrize(("path", "source"), ALLOWED)
+def test_what_is_allowed_is_not_found(path, source):
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_shown_to_bite_and_has_files(name):
+    assert any(rule == name for rule, *_ in VIOLATIONS)
+    if "cuda" in name.lower() and not (ROOT / "csrc/cuda").exists():
+        pytest.skip("the CUDA kernels are not part of this checkout")
+    assert any(rule_of(path) == name for path in source_files())
+
+
+def test_the_project_does_not_depend_on_its_scripts():
+    """gs_d2 is installed without tools/, tests/ and train_net.py."""
+    scripts = {path.stem for folder in (".", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")}
+    scripts = (scripts | {"tools", "tests"}) - {"setup"}
+    for path in source_files():
+        if path.endswith(".py"):
+            assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path

@@ -1,0 +1,358 @@
+"""Times the ops against what a Detectron2 user would otherwise run, interleaved in one run, and draws the cost curves.
+
+Cases (anchors x ground truths): W1 800 x 800 at stride 4 with 4 scales; W2-m the same at 1200 x 1200 with m faces; C1
+800 x 1200 with 5 scales x 3 ratios; R1 proposals in no spatial order. Peers: Detectron2's label step (pairwise_iou,
+Matcher, subsample_labels), torchvision's box_iou, the same IoU and maxima under torch.compile, and a group sampler
+written with torch.topk. On the CPU Detectron2 is timed twice, since up to half of its time is fresh memory: with the
+default heap, and with glibc told to keep its memory (a second process). On a GPU times are CUDA events, and ours are
+also given as a captured graph.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, pairwise_iou
+from tabulate import tabulate
+
+from gs_d2 import ops
+
+WIDER_SCALES, COCO_SCALES = (16, 32, 64, 128), (32, 64, 128, 256, 512)
+NUM_PER_GROUP = 512
+WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000"}
+SECONDS_PER_ENTRY, MAX_REPEATS = 2.0, 25
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="output/bench", help="folder for ops.json, ops.md and the plots")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="*", help="only these (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few repeats and no curves, to see that it runs")
+    parser.add_argument("--warm-heap-child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(os.cpu_count())
+    cases = {name: make() for name, make in CASES.items() if not args.cases or name in args.cases}
+
+    if args.warm_heap_child:
+        rows = {name: measure(case, device, args.quick, only="Detectron2") for name, case in cases.items()}
+        print(json.dumps(rows))
+        return
+    results = {}
+    for name, (anchors, gts) in cases.items():
+        print(f"{name}: {len(anchors):,} x {len(gts):,}", flush=True)
+        results[name] = {
+            "num_anchors": len(anchors),
+            "num_gts": len(gts),
+            "entries": measure((anchors, gts), device, args.quick),
+        }
+    if device.type == "cpu":
+        add_warm_heap(results, args)
+    curves = {} if args.quick else measure_curves(device)
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(device), "command": " ".join(sys.argv), "cases": results, "curves": curves}
+    (output / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = report(record)
+    (output / "ops.md").write_text(text)
+    print(text)
+    if curves:
+        plot_curves(curves, output / "ops_cost.png")
+    print(f"Written: {output}/ops.json, ops.md" + (", ops_cost.png" if curves else ""))
+
+
+# Cases
+
+
+def grid(height, width, scales, ratios=(1.0,), stride=4):
+    """Anchors in Detectron2's (row, column, anchor) order."""
+    y, x = torch.meshgrid(torch.arange(height // stride), torch.arange(width // stride), indexing="ij")
+    centres = ((torch.stack([x, y], dim=-1) + 0.5) * stride).view(-1, 1, 2)
+    half = torch.tensor([[s / r**0.5, s * r**0.5] for s in scales for r in ratios]) / 2
+    return torch.cat([centres - half, centres + half], dim=-1).view(-1, 4)
+
+
+def faces(count, height, width, low=8, high=128, seed=0):
+    """Square-ish boxes, log-uniform in scale, as crowds have them."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = low * (high / low) ** torch.rand(count, 1, generator=generator)
+    aspect = 0.8 + 0.5 * torch.rand(count, 1, generator=generator)
+    half = torch.cat([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1) / 2
+    centres = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
+    return torch.cat([centres - half, centres + half], dim=1)
+
+
+CASES = {
+    "W1": lambda: (grid(800, 800, WIDER_SCALES), faces(50, 800, 800)),
+    "W2-10": lambda: (grid(1200, 1200, WIDER_SCALES), faces(10, 1200, 1200)),
+    "W2-100": lambda: (grid(1200, 1200, WIDER_SCALES), faces(100, 1200, 1200)),
+    "W2-1000": lambda: (grid(1200, 1200, WIDER_SCALES), faces(1000, 1200, 1200)),
+    "C1": lambda: (grid(800, 1200, COCO_SCALES, (0.5, 1.0, 2.0)), faces(20, 800, 1200, 24, 512)),
+    "R1-2k": lambda: (faces(2000, 800, 800, seed=1), faces(100, 800, 800)),
+    "R1-50k": lambda: (faces(50000, 800, 800, seed=1), faces(100, 800, 800)),
+}
+
+
+# What is timed. An entry is "<group>: <who>"; ratios are within a group, against ours.
+
+
+def entries(case, device):
+    anchors, gts = (boxes.to(device) for boxes in case)
+    n = len(anchors)
+    groups = (torch.arange(n, device=device) * 4 // n) if n % 4 else torch.arange(n, device=device) % 4
+    losses = torch.rand(n, generator=torch.Generator().manual_seed(2)).to(device) ** 4
+    labels = ops.two_pass_match(gts, anchors).match_labels
+    compiled = torch.compile(iou_and_maxima, dynamic=False)
+    matcher = Matcher([0.4, 0.6], [0, -1, 1], allow_low_quality_matches=True)
+
+    def detectron2_label_step():
+        quality = pairwise_iou(Boxes(gts), Boxes(anchors))
+        _, match_labels = matcher(quality)
+        subsample_labels(match_labels, 4 * NUM_PER_GROUP, 0.25, 0)
+
+    def group_subsample(method):
+        return lambda: ops.group_subsample(
+            labels,
+            groups,
+            num_groups=4,
+            num_per_group=NUM_PER_GROUP,
+            method=method,
+            losses=None if method == "random" else losses,
+            seed=1,
+        )
+
+    timed = {
+        "match: gs_d2": lambda: ops.two_pass_match(gts, anchors),
+        "match: Detectron2 label step": detectron2_label_step,
+        "match: torch.compile IoU + maxima": lambda: compiled(gts, anchors),
+        "box_iou: gs_d2": lambda: ops.box_iou(gts, anchors),
+        "box_iou: torchvision": lambda: torchvision.ops.box_iou(gts, anchors),
+    }
+    for method in ("random", "wrs", "ohem"):
+        timed[f"{method}: gs_d2"] = group_subsample(method)
+        timed[f"{method}: torch"] = lambda method=method: torch_group_sampler(labels, groups, losses, method)
+    return timed
+
+
+def iou_and_maxima(gts, anchors):
+    return torchvision.ops.box_iou(gts, anchors).max(dim=0)
+
+
+def torch_group_sampler(labels, groups, losses, method):
+    """Group sampling as one would write it: keys for all, then a top-k for each group and label."""
+    if method == "ohem":
+        keys = losses
+    else:
+        keys = torch.rand_like(losses).log_() / ((losses if method == "wrs" else 1.0) + 1e-6)
+    sampled = torch.full_like(labels, -1)
+    for group in range(4):
+        drawn = 0
+        for label, wanted in ((1, NUM_PER_GROUP // 4), (0, NUM_PER_GROUP)):
+            members = torch.nonzero((labels == label) & (groups == group))[:, 0]
+            count = min(len(members), wanted - drawn)
+            sampled[members[keys[members].topk(count).indices]] = label
+            drawn += count
+    return sampled
+
+
+# Measuring
+
+
+def measure(case, device, quick, only=""):
+    timed = {name: call for name, call in entries(case, device).items() if only in name}
+    if device.type == "cuda":
+        timed |= {f"{name} (graph)": captured(call) for name, call in list(timed.items()) if name.endswith("gs_d2")}
+    budget = {}
+    for name, call in timed.items():
+        call()  # compiles, and fills caches
+        budget[name] = time_once(call, device)
+    times = {name: [] for name in timed}
+    repeats = 2 if quick else MAX_REPEATS
+    for turn in range(repeats):  # one of each in turn, so that a slow moment of the machine hits all alike
+        for name, call in timed.items():
+            if turn < 3 or turn * budget[name] < SECONDS_PER_ENTRY:
+                times[name].append(time_once(call, device))
+    return {
+        name: {
+            "median_ms": 1e3 * statistics.median(values),
+            "min_ms": 1e3 * min(values),
+            "max_ms": 1e3 * max(values),
+            "repeats": len(values),
+            "extra_mib": extra_memory(timed[name], device),
+        }
+        for name, values in times.items()
+    }
+
+
+def time_once(call, device):
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def captured(call):
+    graph = torch.cuda.CUDAGraph()
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def extra_memory(call, device):
+    """Peak memory of one call beyond what was there before and beyond its own results, in MiB; None if unknown."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        return max(0.0, (peak - size_of(results)) / 2**20)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the heap kept would hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = memory_status("VmRSS")
+        results = call()
+        return max(0.0, memory_status("VmHWM") - before - size_of(results) / 2**20)
+    except (OSError, AttributeError):
+        return None
+
+
+def memory_status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def size_of(results):
+    if isinstance(results, torch.Tensor):
+        return results.nbytes
+    return sum(size_of(result) for result in results) if isinstance(results, tuple) else 0
+
+
+def add_warm_heap(results, args):
+    """Detectron2 again, in a process whose heap keeps its memory."""
+    print("Detectron2 with a warm heap", flush=True)
+    command = [sys.executable, __file__, "--warm-heap-child", "--device", "cpu", "--cases", *results]
+    output = subprocess.run(
+        command + (["--quick"] if args.quick else []),
+        env={**os.environ, **WARM_HEAP},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name, rows in json.loads(output.splitlines()[-1]).items():
+        entry = rows["match: Detectron2 label step"]
+        results[name]["entries"]["match: Detectron2 label step (warm heap)"] = entry
+
+
+def measure_curves(device):
+    """Milliseconds of matching against m at 360,000 anchors, and against n at 100 faces."""
+    print("Cost curves", flush=True)
+    curves = {"gts": {}, "anchors": {}}
+    settings = [("gts", m, 1200, m) for m in (1, 3, 10, 30, 100, 300, 1000)]
+    settings += [("anchors", (side // 4) ** 2 * 4, side, 100) for side in (200, 400, 800, 1200, 1600)]
+    for axis, at, side, count in settings:
+        calls = entries((grid(side, side, WIDER_SCALES), faces(count, side, side)), device)
+        for name in ("match: gs_d2", "match: Detectron2 label step"):
+            calls[name]()
+            values = [time_once(calls[name], device) for _ in range(3)]
+            curves[axis].setdefault(name.removeprefix("match: "), []).append((at, 1e3 * statistics.median(values)))
+    return curves
+
+
+def machine(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# Reporting
+
+
+def report(record):
+    rows = []
+    for case, result in record["cases"].items():
+        for name, entry in sorted(result["entries"].items(), key=lambda item: item[0].split(":")[0]):
+            group, who = name.split(": ", 1)
+            ours = result["entries"].get(f"{group}: gs_d2")
+            ratio = entry["median_ms"] / ours["median_ms"] if ours else float("nan")
+            rows.append(
+                [
+                    case,
+                    group,
+                    who,
+                    f"{entry['median_ms']:.3f}",
+                    f"{entry['min_ms']:.3f}",
+                    f"{entry['max_ms']:.3f}",
+                    "" if who.startswith("gs_d2") else f"{ratio:.1f}x",
+                    "" if entry["extra_mib"] is None else f"{entry['extra_mib']:.1f}",
+                ]
+            )
+    headers = ["case", "what", "who", "median ms", "min", "max", "ours is faster by", "extra MiB"]
+    info = record["machine"]
+    return (
+        f"Measured {info['date']} on {info['device']}, {info['threads']} threads, torch {info['torch']}: "
+        f"`{record['command']}`\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
+    )
+
+
+def plot_curves(curves, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    titles = {"gts": "ground-truth boxes (360,000 anchors)", "anchors": "anchors (100 ground-truth boxes)"}
+    for axis, (name, series) in zip(axes, curves.items(), strict=True):
+        for who, points in series.items():
+            axis.loglog(*zip(*points, strict=True), marker="o", label=who)
+        axis.set_xlabel(titles[name])
+        axis.grid(True, which="both", alpha=0.2)
+    axes[0].set_ylabel("ms")
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
