@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow bench lint clean
+.PHONY: help demo test test-slow bench cuda-check lint clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ test-slow: $(VENV)/.built ## the tests that take longer
 
 bench: $(VENV)/.built ## the ops against Detectron2, torchvision and torch.compile, into output/bench (minutes)
 	$(PY) tools/benchmark_ops.py
+
+cuda-check: $(VENV)/.installed ## compile the CUDA kernels for every architecture, with or without a GPU or a CUDA toolkit
+	$(PY) tools/cuda_check.py
 
 lint: $(VENV)/.installed ## ruff and clang-format over everything
 	$(PY) -m ruff check .

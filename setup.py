@@ -1,12 +1,14 @@
 """Builds gs_d2 and its extension gs_d2._C.
 
-CUDA kernels are built when FORCE_CUDA=1, or when torch sees a GPU and CUDA_HOME has nvcc; TORCH_CUDA_ARCH_LIST is
-honoured. Everything else (dependencies, Detectron2) is set up by the Makefile; see the README.
+CUDA kernels are built when FORCE_CUDA=1, or when torch sees a GPU and CUDA_HOME has nvcc; the variable
+TORCH_CUDA_ARCH_LIST is honoured. Everything else (dependencies, Detectron2) is set up by the Makefile; see
+the README.
 """
 
 import glob
 import os
 import shutil
+import subprocess
 import sys
 
 MIN_PYTHON = (3, 10)
@@ -20,46 +22,86 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest that the o
 PYTHON_TARGET_VERSION = "0x030a0000"
 
 
+MACROS = [("Py_LIMITED_API", PYTHON_TARGET_VERSION), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# One rounding per operation: labels and draws must not depend on the compiler or the device.
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+CXX_FLAGS += ["-Wall", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
+NVCC_FLAGS += ["-Xcompiler", "-Wall,-fvisibility=hidden,-ffp-contract=off"]
+
+
 def extension():
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
         sys.exit("gs_d2's build needs torch: pip install torch torchvision, then\npip install --no-build-isolation .")
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
             f"gs_d2's build needs a C++17 compiler, and '{compiler}' is not there: install one "
             "(Debian and Ubuntu: apt-get install g++) or point CXX at it"
         )
 
-    sources = sorted([*glob.glob("csrc/cpu/*.cpp"), "csrc/ops/library.cpp", *glob.glob("csrc/ops/*_cpu.cpp")])
-    depends = sorted(glob.glob("csrc/**/*.h", recursive=True))
-    # One rounding per operation: labels and draws must not depend on the compiler or the device.
-    cxx_flags = [
-        "-O3",
-        "-g0",
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-fno-trapping-math",
-        "-fno-math-errno",
-        "-Wall",
-    ]
-    cxx_flags += ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
-    macros = [("Py_LIMITED_API", PYTHON_TARGET_VERSION), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    backends = ["cpu"]
+    include_dirs = cpp_extension.include_paths()
+    library_dirs = [os.path.join(os.path.dirname(torch.__file__), "lib")]
+    # Only these two of torch's libraries, kept even where no symbol is taken from them: the same file loads
+    # under a torch without CUDA, and finds torch's CUDA part through libtorch where there is one.
+    link_args = ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"]
+    cuda_home = find_cuda(torch, cpp_extension)
+    if cuda_home:
+        backends.append("cuda")
+        include_dirs.append(os.path.join(cuda_home, "include"))
+        library_dirs += [os.path.join(cuda_home, "lib64"), os.path.join(cuda_home, "lib")]
+        # The static runtime, its symbols kept in: a shared one would be missing on machines without CUDA.
+        link_args += ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+
+    sources = [f"csrc/{backend}/*.{suffix}" for backend in backends for suffix in ("cpp", "cu")]
+    sources += ["csrc/ops/library.cpp"] + [f"csrc/ops/*_{backend}.cpp" for backend in backends]
     return Extension(
         "gs_d2._C",
-        sources=sources,
-        depends=depends,
-        include_dirs=cpp_extension.include_paths(),
-        library_dirs=[os.path.join(os.path.dirname(torch.__file__), "lib")],
-        libraries=["torch_cpu", "torch"],
+        sources=sorted(path for pattern in sources for path in glob.glob(pattern)),
+        depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
+        include_dirs=include_dirs,
+        library_dirs=library_dirs,
         language="c++",
-        define_macros=macros,
-        extra_compile_args={"cxx": cxx_flags},
-        extra_link_args=["-Wl,--no-as-needed"],
+        define_macros=MACROS,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=link_args,
         py_limited_api=True,
     ), cpp_extension.BuildExtension
+
+
+def find_cuda(torch, cpp_extension):
+    """The CUDA toolkit to build with, or None for a build without CUDA kernels."""
+    forced = os.environ.get("FORCE_CUDA", "0") == "1"
+    if not forced and not torch.cuda.is_available():
+        return None
+    # torch takes the folder above that of the nvcc on the PATH, which may be a link or a script elsewhere.
+    homes = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME")]
+    homes += [os.path.dirname(os.path.dirname(os.path.realpath(shutil.which("nvcc") or "")))]
+    homes += ["/usr/local/cuda"]
+    home = next((h for h in homes if h and is_toolkit(h)), None) if torch.version.cuda else None
+    if not home:
+        got = "none was found" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+        message = f"gs_d2: CUDA kernels need a torch built with CUDA and a CUDA toolkit in CUDA_HOME ({got})"
+        if forced:
+            sys.exit(message)
+        print(f"{message}: building for the CPU only", file=sys.stderr)
+        return None
+    cpp_extension.CUDA_HOME = home
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        command = [os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"]
+        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        archs = [arch for arch in CUDA_ARCHS if "compute_" + arch.replace(".", "") in known]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
+    return home
+
+
+def is_toolkit(home):
+    return all(os.path.exists(os.path.join(home, file)) for file in ("bin/nvcc", "include/cuda_runtime.h"))
 
 
 ext_module, build_ext = extension()

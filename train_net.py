@@ -94,7 +94,10 @@ def setup(args):
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
-    check_config(cfg)
+    try:
+        check_config(cfg)
+    except ValueError as error:
+        sys.exit(str(error))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE} and torch sees no GPU. "

@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quick/demo.yaml"
-SHORT = (
-    "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 0".split()
-)
-SMALL = "MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 INPUT.GS.SCALES [1.0,1.5] INPUT.GS.MAX_CROP_SIZE 128 DATALOADER.NUM_WORKERS 0 TEST.GS.SCORE_THRESH 0.3".split()
+OVERRIDES = """
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 0
+    INPUT.GS.SCALES [1.0,1.5] INPUT.GS.MAX_CROP_SIZE 128 DATALOADER.NUM_WORKERS 0
+    MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 TEST.GS.SCORE_THRESH 0.3
+""".split()
 SCALES = (16, 32, 64, 128)
 NUM_PER_GROUP = 64
 
@@ -27,7 +28,7 @@ def train_net(datasets, output, *arguments):
     # One thread: on images of 128 x 96 threads wait for each other more than they compute.
     environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "OUTPUT_DIR", str(output), *SHORT, *SMALL],
+        [*command, "OUTPUT_DIR", str(output), *OVERRIDES],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -192,7 +193,7 @@ def test_no_config_file(monkeypatch, capsys):
 
 def test_cuda_without_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="MODEL.DEVICE is cuda and torch sees no GPU. Add MODEL.DEVICE cpu"):
+    with pytest.raises(SystemExit, match=r"MODEL\.DEVICE is cuda and torch sees no GPU\. Add MODEL\.DEVICE cpu"):
         run_here(
             monkeypatch,
             *("--config-file", str(ROOT / "configs/wider/fpn_finest_sampling.yaml"), "OUTPUT_DIR", str(tmp_path / "x")),

@@ -21,7 +21,7 @@ def main():
         import venv  # noqa: F401
     except ImportError:
         return "This Python cannot make virtual environments. Debian and Ubuntu: apt-get install python3-venv"
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return (
             "gs_d2's build needs a C++17 compiler, and '%s' is not there. Debian and Ubuntu: apt-get install g++; "

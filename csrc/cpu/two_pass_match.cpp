@@ -44,10 +44,6 @@ inline __attribute__((always_inline)) void load_block_body(const Box* anchors, i
 
 GS_MULTIVERSION(load_block, (const Box* anchors, int64_t count, AnchorBlock& block), (anchors, count, block))
 
-inline bool touches(Box box, Box bounds) {
-  return box.x1 < bounds.x2 && box.x2 > bounds.x1 && box.y1 < bounds.y2 && box.y2 > bounds.y1;
-}
-
 inline __attribute__((always_inline)) void match_gt_body(Box gt, int32_t gt_idx, AnchorBlock& block) {
   const float gt_area = box_area(gt);
   for (int64_t k = 0; k < kMatchBlock; ++k) {

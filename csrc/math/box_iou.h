@@ -50,4 +50,16 @@ GS_HOST_DEVICE float iou_of_areas(float inter, float area_a, float area_b) {
   return uni > 0.0f ? iou : 0.0f;
 }
 
+// False where iou_of_areas cannot exceed `best`, found without a division: a quotient that rounds above best has
+// inter > best * union exactly, so inter is no less than that product rounded.
+GS_HOST_DEVICE bool iou_may_exceed(float inter, float area_a, float area_b, float best) {
+  const float uni = (area_a + area_b) - inter;
+  return (inter > 0.0f) & (inter >= best * uni);
+}
+
+// Whether two boxes share more than an edge: only those that do can have an intersection above 0.
+GS_HOST_DEVICE bool touches(Box box, Box bounds) {
+  return box.x1 < bounds.x2 && box.x2 > bounds.x1 && box.y1 < bounds.y2 && box.y2 > bounds.y1;
+}
+
 }  // namespace gs_d2

@@ -60,9 +60,9 @@ inline void check_offsets(const char* op, const char* name, const Tensor& offset
   check_device(op, name, offsets, like, like_name);
 }
 
-// NaN fails every comparison, so it is refused by all of these.
+// NaN fails every comparison, so it is refused by all of these. So is what float32, which the kernels use, makes 0.
 inline void check_fraction(const char* op, const char* name, double value, bool zero_allowed) {
-  STD_TORCH_CHECK((zero_allowed ? value >= 0.0 : value > 0.0) && value <= 1.0, op, ": ", name, " must be in ",
+  STD_TORCH_CHECK((zero_allowed ? value >= 0.0 : float(value) > 0.0f) && value <= 1.0, op, ": ", name, " must be in ",
                   zero_allowed ? "[0, 1]" : "(0, 1]", ", got ", value);
 }
 

@@ -137,6 +137,7 @@ ROW = "1 2 3 4 0 0 0 0 0 0\n"
         ("../a.jpg\n1\n" + ROW, 1, r"expected an image path like event/name.jpg, got '\.\./a\.jpg'"),
         ("e/../../a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
         ("/etc/passwd\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got '/etc/passwd'"),
+        ("/a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got '/a.jpg'"),
         ("a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got 'a.jpg'"),
         ("1\n" + ROW, 1, "expected an image path like event/name.jpg, got '1'"),
         ("e/f/a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got 'e/f/a.jpg'"),

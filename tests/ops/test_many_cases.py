@@ -1,10 +1,10 @@
 """Every op against its reference, bit for bit, on two thousand small cases each: sizes where every edge is near."""
 
 import torch
+from cases import nasty_boxes, random_boxes, random_losses
+
 from gs_d2 import ops
 from gs_d2.ops import reference
-
-from cases import nasty_boxes, random_boxes, random_losses
 
 CASES = 2000
 
@@ -39,9 +39,7 @@ def test_two_pass_match():
             ignore_thresh=pick(generator, 0.01, 0.5, 1.0),
         )
         actual = ops.two_pass_match(gts, anchors, **arguments)
-        for name, a, e in zip(
-            actual._fields, actual, reference.two_pass_match(gts, anchors, **arguments), strict=True
-        ):
+        for name, a, e in zip(actual._fields, actual, reference.two_pass_match(gts, anchors, **arguments), strict=True):
             assert torch.equal(a, e), (seed, name)
 
 

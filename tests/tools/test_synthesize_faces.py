@@ -1,5 +1,7 @@
 """The drawn data set: the same for one seed, complete, and what the readers of WIDER FACE expect."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,7 +87,7 @@ def test_ground_truth_is_read_and_nested(drawn_datasets):
     assert sorted(truth.image_ids) == sorted(found)
     for i, image_id in enumerate(truth.image_ids):
         np.testing.assert_array_equal(truth.boxes[truth.offsets[i] : truth.offsets[i + 1]], found[image_id])
-    for smaller, larger in zip(SUBSETS, SUBSETS[1:], strict=False):
+    for smaller, larger in pairwise(SUBSETS):
         assert (truth.subsets[larger] | ~truth.subsets[smaller]).all(), f"{smaller} lies in {larger}"
     heights = truth.boxes[:, 3] - truth.boxes[:, 1]
     for subset, least in (("easy", 48), ("medium", 24), ("hard", 10)):

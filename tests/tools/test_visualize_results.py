@@ -40,14 +40,13 @@ def predictions(records, tmp_path):
 
 def test_matches_are_one_to_one(tool):
     faces = np.array([[0.0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]])
-    detections = np.array([[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 5], [21, 6, 30, 10]])
+    detections = np.array([[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 5], [21, 6, 30, 10], [50, 50, 60, 54.9]])
     found, hits = tool.match(faces, detections)
     assert found.tolist() == [True, True, False]
-    assert hits.tolist() == [True, False, True, False]
-    for faces, detections in ((faces, detections[:0]), (faces[:0], detections), (faces[:0], detections[:0])):
-        found, hits = tool.match(faces, detections)
-        assert found.shape == (len(faces),) and hits.shape == (len(detections),)
-        assert not found.any() and not hits.any()
+    assert hits.tolist() == [True, False, True, False, False]
+    for some_faces, some_detections in ((3, 0), (0, 4), (0, 0)):
+        found, hits = tool.match(faces[:some_faces], detections[:some_detections])
+        assert found.tolist() == [False] * some_faces and hits.tolist() == [False] * some_detections
 
 
 def run_tool(tool, monkeypatch, predictions, output, *arguments):

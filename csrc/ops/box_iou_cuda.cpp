@@ -1,0 +1,29 @@
+#include "cuda_launch.h"
+
+namespace gs_d2 {
+
+namespace {
+
+Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2) {
+  check_boxes("box_iou", "boxes1", boxes1);
+  check_boxes("box_iou", "boxes2", boxes2);
+  check_device("box_iou", "boxes2", boxes2, boxes1, "boxes1");
+  const DeviceGuard guard(boxes1.get_device_index());
+  const int64_t m = boxes1.size(0), n = boxes2.size(0);
+  Tensor ious = torch::stable::new_empty(boxes1, {m, n});
+  if (m == 0 || n == 0) return ious;
+
+  const Tensor rows = torch::stable::contiguous(boxes1);
+  const Tensor columns = torch::stable::contiguous(boxes2);
+  check_launch("box_iou", launch_box_iou(boxes_ptr(rows), m, boxes_ptr(columns), n, ious.mutable_data_ptr<float>(),
+                                         current_stream(boxes1)));
+  return ious;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gs_d2, CUDA, m) {
+  m.impl("box_iou", TORCH_BOX(&box_iou_cuda));
+}
+
+}  // namespace gs_d2
