@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -16,6 +17,7 @@ from torchvision.ops import nms
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config, check_config
+from gs_d2.data import register_wider_face
 from gs_d2.inference import PyramidDetector
 from gs_d2.inference.pyramid import pyramid_levels
 from gs_d2.modeling.nms import top_nms
@@ -338,3 +340,56 @@ def test_keeps_the_model_s_mode_and_refuses_training():
     assert detector.training
     with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
         detector([image(*SIZE)])
+
+
+# In train_net.py
+
+
+@pytest.fixture
+def drawn_cfg(drawn_datasets, tmp_path):
+    """The demo's config, tested on four drawn images."""
+    name = "test_pyramid"
+    base = drawn_datasets / "widerface"
+    register_wider_face(name, base / "wider_face_split" / "wider_face_val_bbx_gt.txt", base / "WIDER_val" / "images")
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file("configs/quick/demo.yaml")
+    opts = ["DATASETS.TEST", (name,), "DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path)]
+    cfg.merge_from_list([*opts, "TEST.GS.SCORE_THRESH", 0.45])
+    yield cfg
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_train_net_tests_on_the_pyramid(load_script, drawn_cfg, tmp_path):
+    train_net = load_script("train_net.py")
+    torch.manual_seed(0)
+    model = train_net.Trainer.build_model(drawn_cfg)
+    predictions = []
+    for scales in (None, [1.0], [0.5, 1.0]):
+        drawn_cfg.TEST.GS.PYRAMID, drawn_cfg.TEST.GS.SCALES = scales is not None, scales or [2.0]
+        figures = train_net.Trainer.test(drawn_cfg, model)["wider_face"]
+        assert 0 <= figures["all"] <= 100
+        assert model.training, "evaluation gives the model back as it was"
+        files = sorted((tmp_path / "inference").rglob("*.txt"))
+        predictions.append([file.read_bytes() for file in files])
+    plain, one, two = predictions
+    assert len(plain) == 4 and plain == one and plain != two
+
+
+def test_the_setting_is_printed_with_the_figures(load_script, drawn_cfg):
+    test_setting = load_script("train_net.py").test_setting
+    drawn_cfg.TEST.GS.PYRAMID = True
+    drawn_cfg.merge_from_list(["TEST.GS.SCALES", [1.0, 0.5], "TEST.GS.FLIP", True, "TEST.GS.LEVEL_BOX_SIZE", [16, 256]])
+    setting = test_setting(drawn_cfg)
+    assert setting["test size"] == "0.5, 1 x original, sides <= 3000"
+    assert (setting["flip"], setting["box voting"], setting["level box size"]) == (True, False, [16, 256])
+    assert setting["boxes before NMS per level"] == 5000 and setting["NMS IoU"] == 0.5
+    drawn_cfg.TEST.GS.PYRAMID = False
+    assert test_setting(drawn_cfg)["test size"] == "original"
+
+
+def test_wrong_settings_are_refused_before_training(load_script, drawn_cfg):
+    drawn_cfg.TEST.GS.PYRAMID, drawn_cfg.TEST.GS.SCALES = True, [0.0]
+    with pytest.raises(ValueError, match=r"TEST\.GS\.SCALES"):
+        load_script("train_net.py").Trainer.build_model(drawn_cfg)
