@@ -19,7 +19,7 @@ from setuptools import Extension, find_packages, setup  # noqa: E402
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest that the one binary loads under
-PYTHON_TARGET_VERSION = "0x030a0000"
+PYTHON_TARGET_VERSION = "0x030A0000"  # spelled as torch defines it too
 
 
 MACROS = [("Py_LIMITED_API", PYTHON_TARGET_VERSION), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]

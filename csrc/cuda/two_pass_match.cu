@@ -21,11 +21,11 @@ __device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t hig
   return value < low ? low : (value > high ? high : value);
 }
 
-// The host cannot look at offsets without waiting for the device, so bad ones are made harmless here.
+// The host cannot look at offsets without waiting for the device, so bad ones are made harmless here: they stay within
+// the rows there are. An end before its begin means no rows.
 __device__ __forceinline__ Rows rows_of_image(const int64_t* offsets, int64_t image, int64_t num_rows) {
   if (offsets == nullptr) return {0, num_rows};
-  const int64_t begin = clamp(offsets[image], 0, num_rows);
-  return {begin, clamp(offsets[image + 1], begin, num_rows)};
+  return {clamp(offsets[image], 0, num_rows), clamp(offsets[image + 1], 0, num_rows)};
 }
 
 // The bounds of the boxes of a warp's lanes, empty ones left out.

@@ -36,8 +36,8 @@ inline std::string shape_of(const Tensor& tensor) {
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must have dtype ", torch::headeronly::toString(dtype),
-                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must have dtype ",
+                  torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
@@ -158,8 +158,8 @@ inline SubsampleShape check_group_subsample(const Tensor& match_labels, const Te
   STD_TORCH_CHECK(first_image >= 0 && first_image + shape.num_images <= kMaxIndex, op,
                   ": first_image must be in [0, 2^31), got ", first_image);
   STD_TORCH_CHECK(num_groups >= 1 && num_groups <= 1024, op, ": num_groups must be in [1, 1024], got ", num_groups);
-  STD_TORCH_CHECK(num_per_group >= 0 && num_per_group <= kMaxIndex, op,
-                  ": num_per_group must be in [0, 2^31), got ", num_per_group);
+  STD_TORCH_CHECK(num_per_group >= 0 && num_per_group <= kMaxIndex, op, ": num_per_group must be in [0, 2^31), got ",
+                  num_per_group);
   check_fraction(op, "positive_fraction", positive_fraction, true);
   return shape;
 }

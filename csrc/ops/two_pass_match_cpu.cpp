@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> two_pass_match_cpu(const Tensor& gt_boxes, co
                         boxes_ptr(all_anchors) + (shape.anchors_per_image ? i * n : 0), n,
                         boxes_ptr(all_ignores) + ignores.begin(i), ignores.count(i), float(low), float(high),
                         float(ignore_thresh), SecondPass(second_pass), offers.data() + gts.begin(i),
-                        matched_idxs.mutable_data_ptr<int64_t>() + i * n, match_labels.mutable_data_ptr<int8_t>() + i * n,
-                        max_ious.mutable_data_ptr<float>() + i * n});
+                        matched_idxs.mutable_data_ptr<int64_t>() + i * n,
+                        match_labels.mutable_data_ptr<int8_t>() + i * n, max_ious.mutable_data_ptr<float>() + i * n});
   }
   const int64_t blocks = problems[0].num_blocks();
   constexpr int64_t kGrain = 4;

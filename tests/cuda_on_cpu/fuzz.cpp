@@ -13,6 +13,10 @@
 
 using namespace gs_d2;
 
+namespace gs_shim {
+__attribute__((weak)) void set_schedule(uint64_t seed);  // not there on a GPU
+}
+
 namespace {
 
 std::mt19937_64 rng;
@@ -65,6 +69,38 @@ class Buffer {
  private:
   int64_t size_;
   T* data_;
+};
+
+void require(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "a CUDA call failed with error %d\n", int(error));
+  std::exit(4);
+}
+
+// Device memory of exactly a buffer's size.
+template <class T>
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t size) : bytes_(size_t(size) * sizeof(T)) {
+    require(cudaMalloc(&memory_, bytes_));
+  }
+  explicit OnDevice(const Buffer<T>& from) : OnDevice(from.size()) {
+    require(cudaMemcpy(memory_, from.get(), bytes_, cudaMemcpyHostToDevice));
+  }
+  ~OnDevice() {
+    cudaFree(memory_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  T* get() const {
+    return static_cast<T*>(memory_);
+  }
+  void copy_to(Buffer<T>& to) const {
+    require(cudaMemcpy(to.get(), memory_, bytes_, cudaMemcpyDeviceToHost));
+  }
+
+ private:
+  size_t bytes_;
+  void* memory_;
 };
 
 float nasty_coordinate() {
@@ -127,7 +163,12 @@ bool box_iou_case() {
   fill(boxes1, m + 1, any_kind());
   fill(boxes2, n + 1, any_kind());
   Buffer<float> got(m * n), want(m * n);
-  if (!cpu_only && launch_box_iou(boxes1.get(), m, boxes2.get(), n, got.get(), nullptr) != cudaSuccess) return false;
+  if (!cpu_only) {
+    const OnDevice<Box> rows(boxes1), columns(boxes2);
+    const OnDevice<float> ious(m * n);
+    require(launch_box_iou(rows.get(), m, columns.get(), n, ious.get(), nullptr));
+    ious.copy_to(got);
+  }
   cpu_box_iou(boxes1.get(), boxes2.get(), n, 0, m, want.get());
   return got.equals(want);
 }
@@ -161,29 +202,41 @@ bool match_case() {
   const float ignore_thresh = one_of(0.5f, 1.0f, 0.01f);
   const bool offsets_given = images > 1 || below(2) == 1;
 
-  Buffer<uint64_t> offers(num_gts), want_offers(num_gts);
+  Buffer<uint64_t> want_offers(num_gts);
   Buffer<int64_t> idxs(images * n), want_idxs(images * n);
   Buffer<int8_t> labels(images * n), want_labels(images * n);
   Buffer<float> ious(images * n), want_ious(images * n);
-  const MatchBatch batch{gts.get(),
-                         num_gts,
-                         offsets_given ? gt_offsets.get() : nullptr,
-                         anchors.get(),
-                         n,
-                         anchors_per_image,
-                         ignores.get(),
-                         num_ignores,
-                         offsets_given ? ignore_offsets.get() : nullptr,
-                         images,
-                         low,
-                         high,
-                         ignore_thresh,
-                         second_pass,
-                         offers.get(),
-                         idxs.get(),
-                         labels.get(),
-                         ious.get()};
-  if (!cpu_only && launch_two_pass_match(batch, nullptr) != cudaSuccess) return false;
+  const auto run = [&](const Buffer<int64_t>& gt_rows, const Buffer<int64_t>& ignore_rows) {
+    const OnDevice<Box> gpu_gts(gts), gpu_anchors(anchors), gpu_ignores(ignores);
+    const OnDevice<int64_t> gpu_gt_rows(gt_rows), gpu_ignore_rows(ignore_rows), gpu_idxs(images * n);
+    const OnDevice<uint64_t> offers(num_gts);
+    const OnDevice<int8_t> gpu_labels(images * n);
+    const OnDevice<float> gpu_ious(images * n);
+    MatchBatch batch{};
+    batch.gt_boxes = gpu_gts.get();
+    batch.num_gts = num_gts;
+    batch.gt_offsets = offsets_given ? gpu_gt_rows.get() : nullptr;
+    batch.anchors = gpu_anchors.get();
+    batch.num_anchors = n;
+    batch.anchors_per_image = anchors_per_image;
+    batch.ignore_boxes = gpu_ignores.get();
+    batch.num_ignore_boxes = num_ignores;
+    batch.ignore_offsets = offsets_given ? gpu_ignore_rows.get() : nullptr;
+    batch.num_images = images;
+    batch.low = low;
+    batch.high = high;
+    batch.ignore_thresh = ignore_thresh;
+    batch.second_pass = second_pass;
+    batch.offers = offers.get();
+    batch.matched_idxs = gpu_idxs.get();
+    batch.match_labels = gpu_labels.get();
+    batch.max_ious = gpu_ious.get();
+    require(launch_two_pass_match(batch, nullptr));
+    gpu_idxs.copy_to(idxs);
+    gpu_labels.copy_to(labels);
+    gpu_ious.copy_to(ious);
+  };
+  if (!cpu_only) run(gt_offsets, ignore_offsets);
 
   for (int64_t b = 0; b < images; ++b) {
     const MatchProblem problem{gts.get() + gt_offsets[b],
@@ -211,9 +264,7 @@ bool match_case() {
   // Offsets that lie: any result of the right kind will do, as long as it stays inside the memory it was given.
   Buffer<int64_t> lies(images + 1);
   for (int64_t b = 0; b <= images; ++b) lies[b] = one_of(int64_t(rng()), below(num_gts + 2) - 1, INT64_MIN, INT64_MAX);
-  MatchBatch misled = batch;
-  misled.gt_offsets = misled.ignore_offsets = lies.get();
-  if (launch_two_pass_match(misled, nullptr) != cudaSuccess) return false;
+  run(lies, lies);
   bool sane = true;
   for (int64_t i = 0; i < images * n; ++i) {
     sane = sane && idxs[i] >= 0 && (idxs[i] < num_gts || idxs[i] == 0) && labels[i] >= -1 && labels[i] <= 1;
@@ -239,16 +290,17 @@ float random_loss(int kind) {
 }
 
 bool subsample_case() {
-  const int64_t images = one_of(1, 1, 2, 3);
-  const bool crowded = !small && below(12) == 0;  // more rivals than a list holds
-  const int64_t n = crowded ? 9001 : (small ? one_of(1, 257, 400) : one_of(1, 2, 31, 255, 256, 257, 1000, 3001));
-  const int64_t groups =
-      crowded ? one_of(1, 2) : (small ? one_of(1, 3) : one_of(1, 2, 4, 7, below(40) == 0 ? 1024 : 3));
-  const int64_t per_group = small ? one_of<int64_t>(1, 5, 64, n / (2 * groups), INT32_MAX)
-                                  : one_of<int64_t>(0, 1, 2, 5, 64, 256, 1000, n / (2 * groups), INT32_MAX);
+  const bool crowded = !small && below(12) == 0;                  // more rivals than a list holds
+  const bool many_groups = !small && !crowded && below(60) == 0;  // more images than one set of launches takes
+  const int64_t images = many_groups ? 2 : one_of(1, 1, 2, 3);
+  const int64_t groups = many_groups ? 1024 : (crowded || small ? one_of(1, 2) : one_of(1, 2, 3, 4, 7));
+  int64_t n = small ? one_of(1, 257, 400) : one_of(1, 2, 31, 255, 256, 257, 1000, 3001);
+  if (crowded || many_groups) n = crowded ? 9001 : 5000;
+  int64_t per_group = one_of<int64_t>(0, 1, 2, 5, 64, 256, 1000, n / (2 * groups), INT32_MAX);
+  if (small || many_groups) per_group = small ? one_of<int64_t>(1, 5, 64, n / (2 * groups), INT32_MAX) : 2;
   const double fraction = one_of(0.25, 0.25, 0.0, 0.5, 1.0, 0.1);
   // Equal losses leave rivals to order even where there are few anchors.
-  const SampleMethod often = small ? SampleMethod::kOhem : SampleMethod::kWrs;
+  const SampleMethod often = small || crowded ? SampleMethod::kOhem : SampleMethod::kWrs;
   const SampleMethod method = one_of(SampleMethod::kRandom, SampleMethod::kWrs, SampleMethod::kOhem, often, often);
   const bool groups_per_image = below(2) == 1;
   const int loss_kind = crowded || (small && below(2) == 0) ? one_of(1, 4) : int(below(5));
@@ -269,21 +321,28 @@ bool subsample_case() {
 
   const float* loss_ptr = method == SampleMethod::kRandom ? nullptr : losses.get();
   const Quota quota = make_quota(per_group, fraction);
-  const SubsampleBatch batch{labels.get(),
-                             group_idxs.get(),
-                             loss_ptr,
-                             images,
-                             n,
-                             groups,
-                             groups_per_image,
-                             quota,
-                             method,
-                             seed_on_device ? seed_tensor.get() : nullptr,
-                             seed_on_device ? 12345 : seed_tensor[0],
-                             first_image,
-                             sampled.get()};
-  Buffer<uint8_t> scratch(group_subsample_scratch_bytes(images, groups));
-  if (!cpu_only && launch_group_subsample(batch, scratch.get(), nullptr) != cudaSuccess) return false;
+  if (!cpu_only) {
+    const OnDevice<int8_t> gpu_labels(labels), gpu_sampled(images * n);
+    const OnDevice<int64_t> gpu_groups(group_idxs), gpu_seed(seed_tensor);
+    const OnDevice<float> gpu_losses(losses);
+    const OnDevice<uint8_t> scratch(group_subsample_scratch_bytes(images, groups));
+    SubsampleBatch batch{};
+    batch.match_labels = gpu_labels.get();
+    batch.group_idxs = gpu_groups.get();
+    batch.losses = method == SampleMethod::kRandom ? nullptr : gpu_losses.get();
+    batch.num_images = images;
+    batch.num_anchors = n;
+    batch.num_groups = groups;
+    batch.groups_per_image = groups_per_image;
+    batch.quota = quota;
+    batch.method = method;
+    batch.seed_tensor = seed_on_device ? gpu_seed.get() : nullptr;
+    batch.seed = seed_on_device ? 12345 : seed_tensor[0];
+    batch.first_image = first_image;
+    batch.sampled_labels = gpu_sampled.get();
+    require(launch_group_subsample(batch, scratch.get(), nullptr));
+    gpu_sampled.copy_to(sampled);
+  }
 
   for (int64_t b = 0; b < images; ++b) {
     const SubsampleProblem problem{labels.get() + b * n,
@@ -314,7 +373,7 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 4 ? argv[4] : "";
   small = mode == "small";
   cpu_only = mode == "cpu";
-  gs_shim::set_schedule(uint64_t(std::atoll(argv[3])));
+  if (gs_shim::set_schedule != nullptr) gs_shim::set_schedule(uint64_t(std::atoll(argv[3])));
   long mismatches = 0;
   for (long c = 0; c < num_cases; ++c) {
     rng.seed(uint64_t(c));  // the same cases under every schedule

@@ -42,7 +42,7 @@ def test_shuffled_threads_give_the_bits_of_the_cpu(fibers, op, schedule):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("schedule", [1, 2, 3])
 def test_shuffled_threads_at_length(fibers, op, schedule):
-    check(run_fuzz(fibers, op, 3000, schedule), 3000)
+    check(run_fuzz(fibers, op, 1500, schedule), 1500)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -53,7 +53,7 @@ def test_no_unordered_access(thread_sanitizer, op):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_no_unordered_access_at_length(thread_sanitizer, op):
-    check(run_fuzz(thread_sanitizer, op, 40, mode="small"), 40)
+    check(run_fuzz(thread_sanitizer, op, 20, mode="small"), 20)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -64,7 +64,7 @@ def test_no_access_outside(address_sanitizer, op):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_no_access_outside_at_length(address_sanitizer, op):
-    check(run_fuzz(address_sanitizer, op, 400, mode="small"), 400)
+    check(run_fuzz(address_sanitizer, op, 100, mode="small"), 100)
 
 
 @pytest.mark.parametrize("op", OPS)
