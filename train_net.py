@@ -26,11 +26,23 @@ import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import FaceDatasetMapper
 from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
+from gs_d2.inference import PyramidDetector
 
 EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
 
 
 class Trainer(DefaultTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        if cfg.TEST.GS.PYRAMID:
+            PyramidDetector(cfg, model)  # what is wrong with its settings is said now, not at the first evaluation
+        return model
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
+
     @classmethod
     def build_train_loader(cls, cfg):
         return build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
@@ -60,13 +72,19 @@ class Trainer(DefaultTrainer):
 
 def test_setting(cfg):
     """What a figure depends on besides the weights; printed beside it."""
+    gs = cfg.TEST.GS
     size = "original"
-    if cfg.INPUT.MIN_SIZE_TEST > 0:
+    pyramid = {}
+    if gs.PYRAMID:
+        size = f"{', '.join(f'{scale:g}' for scale in sorted(gs.SCALES))} x original, sides <= {gs.MAX_SIZE}"
+        pyramid = {"flip": gs.FLIP, "box voting": gs.BOX_VOTING, "level box size": list(gs.LEVEL_BOX_SIZE) or "all"}
+    elif cfg.INPUT.MIN_SIZE_TEST > 0:
         size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
     return {
         "test size": size,
-        "score threshold": cfg.TEST.GS.SCORE_THRESH,
-        "boxes before NMS": cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
+        **pyramid,
+        "score threshold": gs.SCORE_THRESH,
+        "boxes before NMS" + (" per level" if gs.PYRAMID else ""): cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
         "NMS IoU": cfg.MODEL.RPN.NMS_THRESH,
         "boxes per image": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
     }

@@ -41,6 +41,21 @@ def add_gs_config(cfg):
     cfg.TEST.GS = CN()
     # Detections below this score (probability) are dropped. Above 0.05 it costs average precision.
     cfg.TEST.GS.SCORE_THRESH = 0.01
+    # True: test on an image pyramid and merge its levels by one NMS (gs_d2.inference.PyramidDetector). Needs
+    # INPUT.MIN_SIZE_TEST 0. MODEL.RPN.PRE_NMS_TOPK_TEST boxes are kept of each level, and MODEL.RPN.NMS_THRESH and
+    # TEST.DETECTIONS_PER_IMAGE apply to all levels together. False: a single scale.
+    cfg.TEST.GS.PYRAMID = False
+    # Factors of the file's size, one level each.
+    cfg.TEST.GS.SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    # Levels with a side above this many pixels are skipped; if all are, the smallest is resized to it.
+    cfg.TEST.GS.MAX_SIZE = 3000
+    # True: every level also mirrored.
+    cfg.TEST.GS.FLIP = False
+    # True: a detection moves to the score-weighted mean of the boxes that overlap it by at least NMS_THRESH.
+    cfg.TEST.GS.BOX_VOTING = False
+    # [low, high]: of each level only boxes of sqrt(w * h) in this range, in pixels of the level, are kept; the largest
+    # level has no lower and the smallest no upper limit, so that every face keeps a level. [] = all boxes.
+    cfg.TEST.GS.LEVEL_BOX_SIZE = []
 
 
 # (key, what Detectron2 sets, why that breaks the method)
@@ -59,12 +74,32 @@ _BREAKING_DEFAULTS = [
 ]
 
 
-def check_config(cfg):
-    """Refuses Detectron2 defaults that silently break group sampling.
+def check_pyramid(cfg):
+    """Refuses settings that contradict TEST.GS.PYRAMID.
 
     Raises:
-        ValueError: naming every such key, its value and what to set, unless MODEL.GS.CHECK_DEFAULTS is False.
+        ValueError: naming the key, its value and what to set.
     """
+    if cfg.INPUT.MIN_SIZE_TEST != 0:
+        raise ValueError(
+            "TEST.GS.PYRAMID resizes from the file's own size, and INPUT.MIN_SIZE_TEST "
+            f"{cfg.INPUT.MIN_SIZE_TEST} would resize before: set INPUT.MIN_SIZE_TEST 0, or TEST.GS.PYRAMID False"
+        )
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED asks for Detectron2's test augmentation, which knows R-CNNs only: "
+            "set it False and use TEST.GS.PYRAMID, SCALES and FLIP"
+        )
+
+
+def check_config(cfg):
+    """Refuses Detectron2 defaults that silently break group sampling, and contradictory test settings.
+
+    Raises:
+        ValueError: naming every such key, its value and what to set. MODEL.GS.CHECK_DEFAULTS False allows the defaults.
+    """
+    if cfg.TEST.GS.PYRAMID:
+        check_pyramid(cfg)
     if not cfg.MODEL.GS.CHECK_DEFAULTS:
         return
     broken = []

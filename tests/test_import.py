@@ -200,7 +200,7 @@ def test_config_keys():
             "GROUP_SAMPLING GROUP_SCALES SAMPLER SECOND_PASS IGNORE_THRESH ANCHOR_STRIDES CHECK_DEFAULTS",
         ),
         (cfg.INPUT.GS, "SCALES MAX_CROP_SIZE MIN_FACE_SIZE"),
-        (cfg.TEST.GS, "SCORE_THRESH"),
+        (cfg.TEST.GS, "SCORE_THRESH PYRAMID SCALES MAX_SIZE FLIP BOX_VOTING LEVEL_BOX_SIZE"),
     ):
         assert set(keys.split()) <= set(node)
 

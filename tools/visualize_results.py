@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from gs_d2 import ops
+from gs_d2.visualization import FALSE_ALARM, HIT, IGNORED, MISS, beside, draw
 
 import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
 from gs_d2.evaluation import face_eval, fddb, read_wider_predictions  # isort: skip
 from gs_d2.formats.fddb import bounding_boxes  # isort: skip
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-
-HIT, MISS, FALSE_ALARM, IGNORED = (60, 220, 80), (255, 60, 60), (255, 170, 0), (150, 150, 150)
 
 
 def main():
@@ -55,12 +54,11 @@ def visualize(dataset, predictions, output, score_thresh, num_images):
         right = draw(image, boxes, [HIT if hit else FALSE_ALARM for hit in hits], rows[:, 4])
         num_faces = int((~record["gt_ignore"]).sum())
         num_found = int((found & ~record["gt_ignore"]).sum())
-        picture = beside(
-            left,
-            right,
+        titles = [
             f"ground truth: {num_found} of {num_faces} faces found (green), {num_faces - num_found} missed (red)",
             f"score >= {score_thresh:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false alarms (orange)",
-        )
+        ]
+        picture = beside([left, right], titles)
         name = os.path.basename(record["image_id"]) if short_names else record["image_id"].replace("/", "_")
         picture.save(output / f"{name}.jpg", quality=92)
 
@@ -93,29 +91,6 @@ def match(gt_boxes, boxes):
         if len(row) and row.max() >= 0.5:
             found[row.argmax()] = hits[i] = True
     return found, hits
-
-
-def draw(image, boxes, colours, scores=None):
-    image = image.copy()
-    canvas = ImageDraw.Draw(image)
-    width = 1 if len(boxes) > 60 else max(1, round(max(image.size) / 400))
-    for i, (box, colour) in enumerate(zip(boxes, colours, strict=True)):
-        if box[2] <= box[0] or box[3] <= box[1]:
-            continue
-        canvas.rectangle([tuple(box[:2]), tuple(box[2:])], outline=colour, width=width)
-        if scores is not None and box[2] - box[0] >= 28:  # small faces would drown in labels
-            canvas.text((box[0] + width + 1, box[1] + width), f"{scores[i]:.2f}", fill=colour)
-    return image
-
-
-def beside(left, right, left_title, right_title, bar=22):
-    picture = Image.new("RGB", (left.width + right.width + 4, left.height + bar), (255, 255, 255))
-    picture.paste(left, (0, bar))
-    picture.paste(right, (left.width + 4, bar))
-    canvas = ImageDraw.Draw(picture)
-    canvas.text((4, 5), left_title, fill=(0, 0, 0))
-    canvas.text((left.width + 8, 5), right_title, fill=(0, 0, 0))
-    return ImageOps.expand(picture, 2, (255, 255, 255))
 
 
 if __name__ == "__main__":

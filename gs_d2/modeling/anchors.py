@@ -68,6 +68,10 @@ class ScaleStrideAnchorGenerator(nn.Module):
             self._cells.append(DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float())
         self.scales = sorted({float(size) for map_sizes in sizes for size in map_sizes})
         """The distinct anchor scales, ascending, in pixels."""
+        self.strides = sorted({stride for grids in self._grids for stride, *_ in grids})
+        """The distinct anchor strides, ascending, in pixels."""
+        self.max_side = max(float((cell[:, 2:] - cell[:, :2]).max()) for cell in self._cells)
+        """The longest side of any anchor, in pixels."""
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -1,5 +1,7 @@
 """Detectors: what Detectron2 builds from MODEL.META_ARCHITECTURE."""
 
+import math
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator
@@ -7,12 +9,17 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
+from gs_d2.modeling.nms import top_nms
+
 
 @META_ARCH_REGISTRY.register()
 class RPNDetector(nn.Module):
     """A single-stage detector: backbone and proposal generator, whose proposals are the detections.
 
     Unlike Detectron2's ``ProposalNetwork`` it returns `instances`, so that evaluators, demo and visualisers work.
+
+    Testing in several views of an image (:class:`gs_d2.inference.PyramidDetector`) uses `predict_candidates`,
+    `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so.
     """
 
     @configurable
@@ -24,17 +31,20 @@ class RPNDetector(nn.Module):
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
         max_detections: int,
+        nms_thresh: float = 0.5,
     ):
         """
         Args:
             proposal_generator: as :class:`GroupSamplingRPN`.
             pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT and its range 0..255.
             max_detections: the most detections kept of an image.
+            nms_thresh: IoU above which the lower-scored detection is dropped.
         """
         super().__init__()
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.max_detections = max_detections
+        self.nms_thresh = nms_thresh
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -46,7 +56,8 @@ class RPNDetector(nn.Module):
             "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "max_detections": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+            "nms_thresh": cfg.MODEL.RPN.NMS_THRESH,
         }
 
     @property
@@ -65,9 +76,9 @@ class RPNDetector(nn.Module):
             `pred_boxes`, `scores` (face probability), `pred_classes` (0) and `group_scales` (the anchor's scale in
             pixels of the network's input).
         """
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
         if self.training:
+            images = self.preprocess_image(batched_inputs)
+            features = self.backbone(images.tensor)
             gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
             ignore_boxes = None
             if "ignore_boxes" in batched_inputs[0]:
@@ -75,13 +86,53 @@ class RPNDetector(nn.Module):
             _, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes, with_proposals=False)
             return losses
 
-        proposals, _ = self.proposal_generator(images, features)
         results = []
-        for proposal, image_size, image in zip(proposals, images.image_sizes, batched_inputs, strict=True):
-            detections = _as_detections(proposal[: self.max_detections], image_size)
-            size = image.get("height", image_size[0]), image.get("width", image_size[1])
+        for candidates, image in zip(self.predict_candidates(batched_inputs), batched_inputs, strict=True):
+            detections = self.select_detections(candidates)
+            height, width = candidates.image_size
+            size = image.get("height", height), image.get("width", width)
             results.append({"instances": detector_postprocess(detections, *size)})
         return results
+
+    @torch.no_grad()
+    def predict_candidates(self, batched_inputs: list[dict]) -> list[Instances]:
+        """What the detector finds before NMS and TEST.DETECTIONS_PER_IMAGE.
+
+        Args:
+            batched_inputs: dicts with `image`, as :meth:`forward`; the model must be in eval mode.
+
+        Returns:
+            For each image the candidates of the highest scores, at most RPN.PRE_NMS_TOPK_TEST, with the fields of
+            :meth:`forward`'s detections, in pixels of the `image` given.
+        """
+        images = self.preprocess_image(batched_inputs)
+        proposals = self.proposal_generator.predict_candidates(images, self.backbone(images.tensor))
+        return [_as_detections(x) for x in proposals]
+
+    def select_detections(self, candidates: Instances) -> Instances:
+        """One NMS over all candidates of an image, from however many views, and the limit of detections.
+
+        Args:
+            candidates: with `pred_boxes` and `scores`, in any order, and any other fields; on any device.
+
+        Returns:
+            Instances: the detections by falling score; of equal scores the first candidate wins.
+        """
+        return candidates[
+            top_nms(candidates.pred_boxes.tensor, candidates.scores, self.nms_thresh, self.max_detections)
+        ]
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to a multiple of this many pixels: those that agree in it batch without further padding."""
+        return max(self.backbone.size_divisibility, 1)
+
+    @property
+    def tile_geometry(self) -> tuple[int, int]:
+        """(alignment, reach), in pixels: cut at a multiple of `alignment`, a tile has the anchors that the whole image
+        has there; no anchor's side is longer than `reach`."""
+        anchors = self.proposal_generator.anchor_generator
+        return math.lcm(self.size_divisibility, *anchors.strides), math.ceil(anchors.max_side)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises, pads to a common size that the backbone divides, and batches."""
@@ -89,8 +140,8 @@ class RPNDetector(nn.Module):
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
 
-def _as_detections(proposals: Instances, image_size) -> Instances:
-    detections = Instances(image_size)
+def _as_detections(proposals: Instances) -> Instances:
+    detections = Instances(proposals.image_size)
     detections.pred_boxes = proposals.proposal_boxes
     detections.scores = proposals.objectness_logits.sigmoid()
     detections.pred_classes = torch.zeros_like(detections.scores, dtype=torch.int64)

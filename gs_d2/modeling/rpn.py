@@ -12,10 +12,10 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
-from torchvision.ops import nms
 
 from gs_d2.modeling.losses import BOX_REG_LOSS_TYPES, box_regression_loss, group_counts, group_mean_weights
 from gs_d2.modeling.matcher import TwoPassMatcher
+from gs_d2.modeling.nms import top_nms
 from gs_d2.modeling.sampling import GroupSampler, group_by_scale
 
 _LOG_PERIOD = 20  # iterations between two writes of the group statistics, which wait for the GPU
@@ -141,18 +141,38 @@ class GroupSamplingRPN(torch.nn.Module):
                 `with_proposals` is False.
             losses (dict): "loss_rpn_cls" and "loss_rpn_loc" in training, else empty.
         """
+        anchors, logits, deltas = self._predict(features)
+        losses = {}
+        if self.training:
+            assert gt_instances is not None, "GroupSamplingRPN needs gt_instances in training"
+            losses = self.losses(anchors, logits, deltas, [x.gt_boxes for x in gt_instances], ignore_boxes)
+        proposals = []
+        if with_proposals:
+            for candidates in self._decode(anchors, logits, deltas, images.image_sizes):
+                boxes, scores = candidates.proposal_boxes.tensor, candidates.objectness_logits
+                keep = top_nms(boxes, scores, self.nms_thresh, self.post_nms_topk[self.training])
+                proposals.append(candidates[keep])
+        return proposals, losses
+
+    def predict_candidates(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
+        """What :meth:`forward` proposes before NMS: for detectors that merge several views of an image themselves.
+
+        Args:
+            images, features: as :meth:`forward`.
+
+        Returns:
+            For each image the boxes of the highest scores, at most PRE_NMS_TOPK, with the fields of its proposals.
+        """
+        return self._decode(*self._predict(features), images.image_sizes)
+
+    def _predict(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors [R, 4], logits [B, R, 2] and deltas [B, R, 4], float32 also under autocast."""
         maps = [features[name] for name in self.in_features]
         anchors = Boxes.cat(self.anchor_generator(maps)).tensor
         logits, deltas = self.rpn_head(maps)
         logits = self.anchor_generator.flatten(logits, 2).float()
         deltas = self.anchor_generator.flatten(deltas, 4).float()
-
-        losses = {}
-        if self.training:
-            assert gt_instances is not None, "GroupSamplingRPN needs gt_instances in training"
-            losses = self.losses(anchors, logits, deltas, [x.gt_boxes for x in gt_instances], ignore_boxes)
-        proposals = self.predict_proposals(anchors, logits, deltas, images.image_sizes) if with_proposals else []
-        return proposals, losses
+        return anchors, logits, deltas
 
     @torch.no_grad()
     def label_anchors(self, anchors: Tensor, gt_boxes: list[Boxes], ignore_boxes: list[Boxes] | None):
@@ -251,10 +271,10 @@ class GroupSamplingRPN(torch.nn.Module):
                 storage.put_scalar(f"{name}@{scale:g}", value, smoothing_hint=False)
 
     @torch.no_grad()
-    def predict_proposals(
+    def _decode(
         self, anchors: Tensor, pred_logits: Tensor, pred_deltas: Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
-        """The best boxes of each image: top-k by score, decode, clip, drop small and improbable ones, NMS, top-k."""
+        """The best boxes of each image: top-k by score, decode, clip, drop small and improbable ones."""
         objectness = pred_logits[..., 1] - pred_logits[..., 0]
         min_logit = _logit(self.score_thresh_test) if not self.training else -float("inf")
         results = []
@@ -267,13 +287,11 @@ class GroupSamplingRPN(torch.nn.Module):
             boxes = Boxes(torch.where(finite[:, None], boxes, torch.zeros_like(boxes)))
             boxes.clip(image_size)
             keep = finite & boxes.nonempty(self.min_box_size) & (scores >= min_logit)
-            boxes, scores, idxs = boxes[keep], scores[keep], idxs[keep]
-            keep = nms(boxes.tensor, scores, self.nms_thresh)[: self.post_nms_topk[self.training]]
-            proposals = Instances(image_size)
-            proposals.proposal_boxes = boxes[keep]
-            proposals.objectness_logits = scores[keep]
-            proposals.anchor_scales = Boxes(anchors[idxs[keep]]).area().sqrt()
-            results.append(proposals)
+            candidates = Instances(image_size)
+            candidates.proposal_boxes = boxes[keep]
+            candidates.objectness_logits = scores[keep]
+            candidates.anchor_scales = Boxes(anchors[idxs[keep]]).area().sqrt()
+            results.append(candidates)
         return results
 
 

@@ -1,0 +1,162 @@
+"""Runs a detector on an image that may not fit into the GPU's memory: then in overlapping tiles."""
+
+import itertools
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+_MIN_SHRINKAGE = 0.9  # more tiles than these are given up when they are not smaller by this factor
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tile along one axis, in pixels: it covers [start, stop) and owns the boxes with centres in [low, high)."""
+
+    start: int
+    stop: int
+    low: float
+    high: float
+
+
+def split_axis(size: int, count: int, alignment: int, context: int) -> list[Span]:
+    """Divides an axis evenly into at most `count` tiles.
+
+    Args:
+        size: pixels of the axis.
+        count: tiles wanted; fewer where the axis is too short for so many.
+        alignment: tiles start at multiples of this many pixels.
+        context: pixels that a tile sees beyond what it owns, at each cut; a multiple of `alignment`.
+
+    Returns:
+        Spans whose owned parts follow one another without gap; the outer ones own everything beyond the image, too.
+    """
+    cuts = sorted({round(i * size / count / alignment) * alignment for i in range(1, count)} - {0})
+    cuts = [cut for cut in cuts if cut < size]
+    bounds = [0, *cuts, size]
+    return [
+        Span(
+            max(0, low - context),
+            min(size, high + context),
+            low if low > 0 else -math.inf,
+            high if high < size else math.inf,
+        )
+        for low, high in itertools.pairwise(bounds)
+    ]
+
+
+def plan_tiles(height: int, width: int, count: int, alignment: int, context: int) -> list[tuple[Span, Span]]:
+    """(rows, columns) of at most `count` tiles, arranged so that the largest of them has the fewest pixels."""
+    plans = []
+    for rows in range(1, count + 1):
+        if count % rows == 0:
+            y = split_axis(height, rows, alignment, context)
+            x = split_axis(width, count // rows, alignment, context)
+            plans.append([(a, b) for a in y for b in x])
+    return min(plans, key=_largest)
+
+
+def _largest(tiles: list[tuple[Span, Span]]) -> int:
+    return max((y.stop - y.start) * (x.stop - x.start) for y, x in tiles)
+
+
+class TiledPredictor:
+    """``model.predict_candidates`` for images of any size, its results on the CPU.
+
+    An image that runs out of GPU memory is cut into 2, 4, 8, ... tiles until one fits. Each tile sees `context` pixels
+    beyond what it owns, and a candidate counts only in the tile that owns its centre, so that nothing is found twice
+    or with half of its surroundings cut off. The result is that of the whole image as far as features depend only on
+    what lies within `context`; GroupNorm's depend on the whole image, so there it is close and not equal. The size
+    that ran out is remembered, and later images of that size are cut at once.
+    """
+
+    def __init__(self, model, topk: int, margin: int = 256):
+        """
+        Args:
+            model: in eval mode, with `predict_candidates` and `tile_geometry`, as :class:`gs_d2.modeling.RPNDetector`.
+            topk: candidates kept of an image, whether or not it was tiled.
+            margin: pixels beyond the largest anchor that a tile sees. Half the receptive field of a ResNet-50 is
+                about 240 px.
+        """
+        self.model = model
+        self.topk = topk
+        self.margin = margin
+        self._too_large = math.inf  # pixels, of one image or of a batch together
+        self._warned = set()
+
+    def __call__(self, images: list[Tensor], name: str) -> list[Instances]:
+        """
+        Args:
+            images (list[Tensor[3, H, W]]): any sizes; run as one batch if that fits.
+            name: what the images are, for the warning; there is one warning for each name.
+
+        Returns:
+            For each image its candidates, by the contract of ``predict_candidates``, on the CPU.
+
+        Raises:
+            torch.OutOfMemoryError: not even small tiles fit.
+        """
+        results = self._try(images)
+        if results is not None:
+            return results
+        if len(images) > 1:
+            return [self([image], name)[0] for image in images]
+        return [self._in_tiles(images[0], name)]
+
+    def _try(self, images: list[Tensor]) -> list[Instances] | None:
+        """The candidates, or None if they are out of reach of the memory."""
+        pixels = sum(image.shape[1] * image.shape[2] for image in images)
+        if pixels >= self._too_large:
+            return None
+        try:
+            return [x.to("cpu") for x in self.model.predict_candidates([{"image": image} for image in images])]
+        except torch.OutOfMemoryError:
+            self._too_large = pixels
+        # Only here has the exception let go of the frames, and they of their tensors.
+        torch.cuda.empty_cache()
+        return None
+
+    def _in_tiles(self, image: Tensor, name: str) -> Instances:
+        height, width = image.shape[1:]
+        alignment, reach = self.model.tile_geometry
+        context = math.ceil((self.margin + reach) / alignment) * alignment
+        count, largest = 1, height * width
+        while True:
+            count *= 2
+            tiles = plan_tiles(height, width, count, alignment, context)
+            if _largest(tiles) > _MIN_SHRINKAGE * largest:
+                raise torch.OutOfMemoryError(
+                    f"{name} ({width} x {height} px) does not fit into memory, not even in tiles of {largest} pixels. "
+                    "Free GPU memory, or set MODEL.DEVICE cpu"
+                )
+            largest = _largest(tiles)
+            parts = self._run_tiles(image, tiles) if largest < self._too_large else None
+            if parts is not None:
+                break
+        if name not in self._warned:
+            self._warned.add(name)
+            _logger.warning(
+                f"{name} ({width} x {height} px) does not fit into GPU memory; it runs in {len(tiles)} overlapping "
+                "tiles, which takes longer. Others like it do so silently"
+            )
+        candidates = Instances.cat(parts)
+        order = candidates.scores.sort(descending=True, stable=True).indices
+        return candidates[order[: self.topk]]
+
+    def _run_tiles(self, image: Tensor, tiles: list[tuple[Span, Span]]) -> list[Instances] | None:
+        parts = []
+        for y, x in tiles:
+            found = self._try([image[:, y.start : y.stop, x.start : x.stop]])
+            if found is None:
+                return None
+            fields = found[0].get_fields()
+            boxes = fields.pop("pred_boxes").tensor + torch.tensor([x.start, y.start] * 2)
+            part = Instances(tuple(image.shape[1:]), pred_boxes=Boxes(boxes), **fields)
+            cx, cy = part.pred_boxes.get_centers().unbind(dim=1)
+            parts.append(part[(cx >= x.low) & (cx < x.high) & (cy >= y.low) & (cy < y.high)])
+        return parts

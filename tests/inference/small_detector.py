@@ -1,0 +1,69 @@
+"""A detector whose output depends on a few pixels only, so that views and tiles of an image can be compared exactly."""
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.modeling.box_regression import Box2BoxTransform
+from torch import nn
+
+from gs_d2.modeling import (
+    GroupSampler,
+    GroupSamplingRPN,
+    RPNDetector,
+    ScaleStrideAnchorGenerator,
+    SoftmaxRPNHead,
+    TwoPassMatcher,
+)
+
+SCALES = [16, 32]
+DIVISIBILITY = 16
+
+
+class Blocks(Backbone):
+    """One map of stride 4, each cell from its own 4 x 4 pixels."""
+
+    size_divisibility = DIVISIBILITY
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+
+    def output_shape(self):
+        return {"p2": ShapeSpec(channels=8, stride=4)}
+
+    def forward(self, x):
+        return {"p2": self.conv(x).relu()}
+
+
+def build(max_detections=200, topk=3000, seed=0, **rpn):
+    torch.manual_seed(seed)
+    model = RPNDetector(
+        backbone=Blocks(),
+        proposal_generator=GroupSamplingRPN(
+            in_features=["p2"],
+            head=SoftmaxRPNHead(in_channels=8, num_anchors=2),
+            anchor_generator=ScaleStrideAnchorGenerator(
+                sizes=[SCALES], aspect_ratios=[[1.0]], feature_strides=[4], anchor_strides=[[4, 8]]
+            ),
+            anchor_matcher=TwoPassMatcher([0.4, 0.6]),
+            sampler=GroupSampler(2, 64),
+            group_scales=SCALES,
+            box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+            pre_nms_topk=(500, topk),
+            post_nms_topk=(50, 500),
+            **rpn,
+        ),
+        pixel_mean=(120.0, 110.0, 100.0),
+        pixel_std=(60.0, 60.0, 60.0),
+        max_detections=max_detections,
+        nms_thresh=0.5,
+    )
+    nn.init.normal_(model.proposal_generator.rpn_head.objectness_logits.weight, std=0.5)
+    nn.init.normal_(model.proposal_generator.rpn_head.anchor_deltas.weight, std=0.02)
+    return model.eval()
+
+
+def image(height, width, seed=0, **size):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return {"image": pixels, **size}

@@ -1,0 +1,231 @@
+"""prepare_wider_face.py: from zips and folders to the layout, and no further."""
+
+import io
+import os
+import re
+import stat
+import zipfile
+
+import pytest
+from PIL import Image
+
+from gs_d2.data import load_wider_face
+
+EVENT = "0--Parade"
+
+
+@pytest.fixture
+def tool(load_script, monkeypatch):
+    """The tool, for a data set of two training images, one validation image and one test image."""
+    tool = load_script("tools/prepare_wider_face.py")
+    monkeypatch.setattr(tool, "SPLITS", {"train": (2, 3), "val": (1, 1), "test": (1, 0)})
+    return tool
+
+
+def jpeg():
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (90, 90, 90)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+LISTS = {
+    "train": f"{EVENT}/a.jpg\n2\n1 2 10 10 0 0 0 0 0 0\n3 4 9 9 0 0 0 0 0 0\n{EVENT}/b.jpg\n1\n5 5 8 8 0 0 0 0 0 0\n",
+    "val": f"{EVENT}/c.jpg\n1\n1 2 10 10 0 0 0 0 0 0\n",
+    "test": f"{EVENT}/d.jpg\n",
+}
+CONTENT = {
+    "WIDER_train.zip": {
+        f"WIDER_train/images/{EVENT}/a.jpg": jpeg(),
+        f"WIDER_train/images/{EVENT}/b.jpg": jpeg(),
+        f"__MACOSX/WIDER_train/images/{EVENT}/._a.jpg": b"x",
+    },
+    "WIDER_val.zip": {f"WIDER_val/images/{EVENT}/c.jpg": jpeg()},
+    "WIDER_test.zip": {f"WIDER_test/images/{EVENT}/d.jpg": jpeg()},
+    "wider_face_split.zip": {
+        "wider_face_split/wider_face_train_bbx_gt.txt": LISTS["train"],
+        "wider_face_split/wider_face_val_bbx_gt.txt": LISTS["val"],
+        "wider_face_split/wider_face_test_filelist.txt": LISTS["test"],
+        "wider_face_split/readme.html": "no part of the layout",
+    },
+    "eval_tools.zip": {
+        "eval_tools/wider_eval.m": "no part of the layout",
+        **{f"eval_tools/ground_truth/wider_{subset}_val.mat": b"mat" for subset in ("face", "easy", "medium", "hard")},
+    },
+}
+LAYOUT = sorted(
+    name.removeprefix("eval_tools/")
+    for files in CONTENT.values()
+    for name in files
+    if not name.startswith("__MACOSX") and not name.endswith((".html", ".m"))
+)
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for name, files in CONTENT.items():
+        write_zip(folder / name, files)
+    return folder
+
+
+def tree(base):
+    return sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file())
+
+
+def run(tool, capsys, *arguments):
+    status = tool.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert len(printed.err.strip().splitlines()) == (1 if status else 0) or "%" in printed.err
+    return status, printed.out, printed.err
+
+
+def test_from_zips(tool, downloads, tmp_path, capsys):
+    status, out, _ = run(tool, capsys, downloads, "--output", tmp_path / "data")
+    base = tmp_path / "data" / "widerface"
+    assert status == 0 and tree(base) == LAYOUT
+    assert "wider_face_train: 2 images, 3 boxes: whole" in out
+    assert f"export DETECTRON2_DATASETS={tmp_path / 'data'}" in out
+    (record,) = load_wider_face(base / "wider_face_split" / "wider_face_val_bbx_gt.txt", base / "WIDER_val" / "images")
+    assert Image.open(record["file_name"]).size == (40, 30)
+
+
+def test_again_changes_nothing(tool, downloads, tmp_path, capsys):
+    arguments = downloads, "--output", tmp_path / "data"
+    run(tool, capsys, *arguments)
+    image = tmp_path / "data/widerface/WIDER_val/images" / EVENT / "c.jpg"
+    os.utime(image, (1, 1))
+    status, out, _ = run(tool, capsys, *arguments)
+    assert status == 0 and image.stat().st_mtime == 1
+    assert "WIDER_val.zip: 0 files unpacked, 1 were there" in out
+
+
+def test_a_half_written_file_is_written_again(tool, downloads, tmp_path, capsys):
+    arguments = downloads, "--output", tmp_path / "data"
+    run(tool, capsys, *arguments)
+    image = tmp_path / "data/widerface/WIDER_val/images" / EVENT / "c.jpg"
+    image.write_bytes(jpeg()[:50])
+    assert run(tool, capsys, *arguments)[0] == 0
+    assert image.read_bytes() == jpeg()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_from_folders(tool, downloads, tmp_path, capsys, copy):
+    run(tool, capsys, downloads, "--output", tmp_path / "first")
+    source, flags = tmp_path / "first" / "widerface", ["--copy"] if copy else []
+    for _ in range(2):
+        status, _, _ = run(tool, capsys, source, "--output", tmp_path / "second", *flags)
+        assert status == 0
+    target = tmp_path / "second" / "widerface" / "WIDER_train"
+    assert target.is_symlink() != copy
+    assert (target / "images" / EVENT / "a.jpg").read_bytes() == jpeg()
+
+
+def test_unpacking_does_not_write_into_what_is_linked(tool, downloads, tmp_path, capsys):
+    run(tool, capsys, downloads, "--output", tmp_path / "first")
+    run(tool, capsys, tmp_path / "first", "--output", tmp_path / "second")
+    image = tmp_path / "first/widerface/WIDER_val/images" / EVENT / "c.jpg"
+    image.write_bytes(b"mine")
+    run(tool, capsys, downloads, "--output", tmp_path / "second")
+    assert image.read_bytes() == b"mine"
+
+
+def test_zips_inside_the_layout_are_found(tool, downloads, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    downloads.rename(tmp_path / "data" / "widerface")
+    assert run(tool, capsys, "--output", tmp_path / "data")[0] == 0
+
+
+def test_what_is_missing_is_said(tool, downloads, tmp_path, capsys):
+    (downloads / "eval_tools.zip").unlink()
+    (downloads / "WIDER_val.zip").unlink()
+    status, out, err = run(tool, capsys, downloads, "--output", tmp_path)
+    assert status == 2
+    assert "val: 1 of 1 images missing, first WIDER_val/images/0--Parade/c.jpg (from WIDER_val.zip)" in err
+    assert "ground_truth: no wider_face_val.mat, " in err and "(from eval_tools.zip)" in err
+    assert "http://shuoyang1213.me/WIDERFACE/" in out
+    assert run(tool, capsys, "--check-only", "--splits", "train", "--output", tmp_path)[0] == 0
+
+
+def test_check_only_changes_nothing(tool, downloads, tmp_path, capsys):
+    status, out, err = run(tool, capsys, downloads, "--check-only", "--output", tmp_path / "data")
+    assert status == 2 and not (tmp_path / "data").exists()
+    assert "no wider_face_train_bbx_gt.txt (from wider_face_split.zip)" in err and "PAGE" not in out
+
+
+def test_another_list_is_noticed(tool, downloads, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "SPLITS", {"train": (2, 4), "val": (3226, 1), "test": (1, 0)})
+    status, _, err = run(tool, capsys, downloads, "--output", tmp_path)
+    assert status == 2
+    assert "wider_face_train_bbx_gt.txt has 3 boxes, the official one 4" in err
+    assert "wider_face_val_bbx_gt.txt has 1 images, the official one 3,226" in err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../WIDER_val/images/x.jpg", "/WIDER_val/images/x.jpg", "WIDER_val/../../x.jpg", "C:/WIDER_val/images/x.jpg"],
+)
+def test_paths_that_leave_the_archive(tool, tmp_path, capsys, name):
+    archive = write_zip(tmp_path / "WIDER_val.zip", {name: jpeg(), f"WIDER_val/images/{EVENT}/c.jpg": jpeg()})
+    status, _, err = run(tool, capsys, archive, "--output", tmp_path / "data")
+    assert status == 2 and "which leaves the archive; refused" in err
+    assert not (tmp_path / "data").exists()
+
+
+def link_entry(path):
+    info = zipfile.ZipInfo(f"WIDER_val/images/{EVENT}/c.jpg")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+
+
+def damaged(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"WIDER_val/images/{EVENT}/c.jpg", os.urandom(4000))
+    data = bytearray(path.read_bytes())
+    data[200:1200] = bytes(1000)
+    path.write_bytes(bytes(data))
+
+
+def bomb(path):
+    write_zip(path, {f"WIDER_val/images/{EVENT}/c.jpg": bytes(3000)})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (link_entry, "is a link, encrypted, or too large; refused"),
+        (damaged, r"damaged \(.*\); download it again"),
+        (bomb, "far larger than any official zip; refused"),
+        (lambda path: path.write_bytes(b"<html>quota exceeded</html>"), "not a zip, or damaged; download it again"),
+        (lambda path: write_zip(path, {"cats/a.jpg": jpeg()}), "is it one of the official zips"),
+        (lambda path: None, "no such file or folder"),
+    ],
+    ids=["link", "damaged", "bomb", "html", "other", "absent"],
+)
+def test_zips_that_are_refused(tool, tmp_path, capsys, monkeypatch, make, message):
+    if make is bomb:
+        monkeypatch.setattr(tool, "_MAX_TOTAL_BYTES", 2999)
+    archive = tmp_path / "WIDER_val.zip"
+    make(archive)
+    status, _, err = run(tool, capsys, archive, "--output", tmp_path / "data")
+    assert status == 2
+    assert re.search(message, err), err
+    assert not list((tmp_path / "data").rglob("*.jpg"))
+
+
+def test_the_official_lists(load_script, shared_data, tmp_path, capsys):
+    """Without images: the lists and their counts are the official ones, and only images are missing."""
+    tool = load_script("tools/prepare_wider_face.py")
+    source = shared_data / "wider_face"
+    status, out, err = run(tool, capsys, source, "--output", tmp_path)
+    assert status == 2
+    assert "12,880 of 12,880 images missing" in err and "3,226 of 3,226 images missing" in err
+    assert "the official one" not in err and "ground_truth: whole" in out

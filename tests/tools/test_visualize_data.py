@@ -1,0 +1,91 @@
+"""visualize_data.py: a picture for each annotated image, and for each view that the loader makes."""
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from gs_d2.data import register_wider_face
+from gs_d2.visualization import FACE, IGNORED, beside, draw, draw_annotations
+
+NAME = "test_visualize_data"
+OPTS = ("DATASETS.TRAIN", f"('{NAME}',)", "DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2")
+
+
+@pytest.fixture(scope="module")
+def tool(load_script):
+    return load_script("tools/visualize_data.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def records(drawn_datasets):
+    base = drawn_datasets / "widerface"
+    register_wider_face(
+        NAME, base / "wider_face_split" / "wider_face_train_bbx_gt.txt", base / "WIDER_train" / "images"
+    )
+    yield DatasetCatalog.get(NAME)
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def has_colour(image, colour):
+    return bool((np.abs(np.asarray(image.convert("RGB"), dtype=int) - colour).max(axis=2) < 60).any())
+
+
+def test_annotations(tool, records, tmp_path):
+    tool.main(["--source", "annotation", "--output-dir", str(tmp_path), "--num-images", "0", *OPTS])
+    names = sorted(record["image_id"].split("/")[1] + ".jpg" for record in records)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (128 + 4, 96 + 22 + 4)
+            assert has_colour(picture, FACE)
+
+
+def test_views_of_the_loader(tool, records, tmp_path):
+    options = [*OPTS, "INPUT.GS.SCALES", "[1.0]", "INPUT.GS.MAX_CROP_SIZE", "64", "SEED", "3"]
+    tool.main(["--source", "dataloader", "--output-dir", str(tmp_path), "--num-images", "9", *options])
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 9, "an image that comes again does not overwrite its first view"
+    stems = {record["image_id"].split("/")[1] for record in records}
+    assert {path.stem for path in written if path.stem in stems} and all(
+        any(path.stem in (stem, f"{stem}_2", f"{stem}_3", f"{stem}_4") for stem in stems) for path in written
+    )
+    for path in written:
+        with Image.open(path) as picture:
+            assert picture.size == (64 + 4, 64 + 22 + 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "configs/none.yaml"], "none.yaml"),
+        (["DATASETS.TRAIN", "('faces',)"], "faces.* is not registered"),
+        (["INPUT.GS.SIZES", "1"], "INPUT.GS.SIZES"),
+    ],
+)
+def test_errors_are_one_line(tool, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=f"^visualize_data: .*{message}") as error:
+        tool.main(["--source", "annotation", "--output-dir", str(tmp_path), *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_ignore_regions_look_different():
+    grey = Image.new("RGB", (60, 50), (20, 20, 20))
+    box = np.array([[10.0, 10, 40, 40]])
+    face, ignored = draw_annotations(grey, box, box[:0]), draw_annotations(grey, box[:0], box)
+    assert has_colour(face.crop((0, 24, 64, 76)), FACE) and not has_colour(face.crop((0, 24, 64, 76)), IGNORED)
+    assert has_colour(ignored.crop((0, 24, 64, 76)), IGNORED) and not has_colour(ignored.crop((0, 24, 64, 76)), FACE)
+    # Crossed: there is colour in the middle of the box, where the outline of a face has none.
+    middle = (2 + 20, 24 + 20, 2 + 30, 24 + 30)
+    assert has_colour(ignored.crop(middle), IGNORED) and not has_colour(face.crop(middle), FACE)
+
+
+def test_boxes_without_area_are_left_out():
+    grey = Image.new("RGB", (60, 50), (20, 20, 20))
+    assert draw(grey, [[5, 5, 5, 20], [9, 9, 7, 32]], [FACE] * 2, crossed=[True, True]) == grey
+
+
+def test_pictures_of_different_height_stand_beside_each_other():
+    pictures = [Image.new("RGB", size) for size in ((30, 20), (40, 50), (10, 10))]
+    assert beside(pictures, ["a", "b", "c"]).size == (30 + 40 + 10 + 2 * 4 + 4, 50 + 22 + 4)

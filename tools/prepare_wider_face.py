@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""Brings WIDER FACE into the layout that gs_d2 reads, from the official zips or folders, and checks that it is whole.
+
+    tools/prepare_wider_face.py ~/Downloads                      # zips are unpacked, folders linked
+    tools/prepare_wider_face.py WIDER_train.zip eval_tools.zip --output /data
+    tools/prepare_wider_face.py --check-only
+
+The result is <output>/widerface; set DETECTRON2_DATASETS to <output>. What is there already is left alone, so the
+command can be repeated. A layout made by hand serves as well: --check-only tells whether it is right. Exit code 2 where
+something is missing or wrong.
+"""
+
+import argparse
+import os
+import shutil
+import stat
+import sys
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from gs_d2.data import load_wider_face
+
+PAGE = "http://shuoyang1213.me/WIDERFACE/"
+SPLITS = {"train": (12880, 159420), "val": (3226, 39708), "test": (16097, 0)}  # images and boxes of the official lists
+LISTS = {split: f"wider_face_{split}_bbx_gt.txt" for split in ("train", "val")} | {
+    "test": "wider_face_test_filelist.txt"
+}
+MATS = [f"wider_{subset}_val.mat" for subset in ("face", "easy", "medium", "hard")]
+
+# Folder of the layout -> which of a zip's files belong there, and the zip's name on the official page.
+_IMAGES, _LISTS = (".jpg", ".jpeg", ".png"), (".txt", ".mat")
+PARTS = {
+    "WIDER_train": (_IMAGES, "WIDER_train.zip"),
+    "WIDER_val": (_IMAGES, "WIDER_val.zip"),
+    "WIDER_test": (_IMAGES, "WIDER_test.zip"),
+    "wider_face_split": (_LISTS, "wider_face_split.zip"),
+    "ground_truth": (_LISTS, "eval_tools.zip"),
+}
+
+# What a zip may hold. The largest real one has 16,097 images, 1.9 GB together.
+_MAX_ENTRIES = 100_000
+_MAX_FILE_BYTES = 64 * 2**20
+_MAX_TOTAL_BYTES = 8 * 2**30
+_MAX_DEPTH = 3  # folders below a source that are searched
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 after one line on stderr that says what is missing or wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="official zips, or folders of them")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(os.environ.get("DETECTRON2_DATASETS", "datasets")),
+        help="folder that widerface/ is in (default: $DETECTRON2_DATASETS, else ./datasets)",
+    )
+    parser.add_argument(
+        "--splits", nargs="+", choices=list(SPLITS), default=["train", "val"], help="what must be whole"
+    )
+    parser.add_argument("--copy", action="store_true", help="copy folders instead of linking them")
+    parser.add_argument("--check-only", action="store_true", help="change nothing, only say what is there")
+    args = parser.parse_args(argv)
+    base = args.output / "widerface"
+    try:
+        if not args.check_only:
+            for part, source in find_parts([*args.sources, *([base] if base.is_dir() else [])]):
+                place(part, source, base, args.copy)
+        problems = check(base, args.splits)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if problems:
+        print(f"\nThe official files are at {PAGE}. Download what is missing, and give this command the folder.")
+        print(f"error: {base} is not whole: {'; '.join(problems)}", file=sys.stderr)
+        return 2
+    print(f"{base} is whole. Use it with: export DETECTRON2_DATASETS={args.output.resolve()}")
+    return 0
+
+
+def find_parts(sources: list[Path]) -> list[tuple[str, Path]]:
+    """(part of the layout, or "zip", and where it is) for all that the sources hold; zips first."""
+    found = []
+    for source in sources:
+        if not source.exists():
+            raise ValueError(f"{source}: no such file or folder")
+        if source.is_file():
+            if not zipfile.is_zipfile(source):
+                raise ValueError(f"{source}: not a zip, or damaged; download it again")
+            found.append(("zip", source))
+            continue
+        for folder, names, files in os.walk(source):
+            folder = Path(folder)
+            if folder.name in PARTS:
+                found.append((folder.name, folder))
+                names.clear()
+                continue
+            if len(folder.relative_to(source).parts) >= _MAX_DEPTH:
+                names.clear()
+            names.sort()
+            official = tuple(Path(name).stem.lower() for _, name in PARTS.values())
+            found += [
+                ("zip", folder / name)
+                for name in sorted(files)
+                if name.lower().endswith(".zip") and name.lower().startswith(official)
+            ]
+    return sorted(found, key=lambda item: item[0] != "zip")
+
+
+def place(part: str, source: Path, base: Path, copy: bool):
+    """Brings one zip or folder into the layout, unless it is there."""
+    if part == "zip":
+        unpack(source, base)
+        return
+    target = base / part
+    if target.exists() and target.resolve() == source.resolve():
+        return
+    if target.is_symlink() or target.exists():
+        print(f"{target} is there already; {source} is left alone")
+        return
+    base.mkdir(parents=True, exist_ok=True)
+    if copy:
+        partial = target.with_name(target.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        files = [path for path in source.rglob("*") if path.is_file()]
+        for path in tqdm(files, desc=f"copying {part}", unit="file"):
+            copied = partial / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+        partial.rename(target)
+    else:
+        target.symlink_to(source.resolve(), target_is_directory=True)
+        print(f"linked {target} to {source.resolve()}")
+
+
+def unpack(archive: Path, base: Path):
+    """Unpacks what belongs to the layout; each file appears whole or not at all, and files that are there stay.
+
+    Raises:
+        ValueError: the zip is damaged, encrypted, far larger than any official one, has a path that leaves it, or has
+            nothing that belongs to WIDER FACE.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zip_file:
+            members = plan(archive, zip_file.infolist())
+            linked = {part for part in PARTS if (base / part).is_symlink()}
+            todo = []
+            for target, info in members:
+                path = base / target
+                if target.parts[0] in linked or (path.is_file() and path.stat().st_size == info.file_size):
+                    continue
+                todo.append((path, info))
+            need = sum(info.file_size for _, info in todo)
+            base.mkdir(parents=True, exist_ok=True)
+            if need > shutil.disk_usage(base).free:
+                raise ValueError(f"{archive}: needs {need / 1e9:.1f} GB in {base}, more than is free there")
+            with tqdm(total=need, desc=archive.name, unit="B", unit_scale=True, disable=not todo) as bar:
+                for path, info in todo:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    partial = path.with_name(path.name + ".part")
+                    with zip_file.open(info) as source, open(partial, "wb") as out:
+                        shutil.copyfileobj(source, out)
+                    partial.replace(path)
+                    bar.update(info.file_size)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{archive}: damaged ({error}); download it again") from error
+    print(f"{archive.name}: {len(todo)} files unpacked, {len(members) - len(todo)} were there")
+
+
+def plan(archive: Path, infos: list[zipfile.ZipInfo]) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
+    """Where each file of a zip goes, relative to widerface/; what is no part of the data set goes nowhere."""
+    if len(infos) > _MAX_ENTRIES or sum(info.file_size for info in infos) > _MAX_TOTAL_BYTES:
+        raise ValueError(f"{archive}: is far larger than any official zip; refused")
+    members = []
+    for info in infos:
+        path = PurePosixPath(info.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename:
+            raise ValueError(f"{archive}: has the path {info.filename!r}, which leaves the archive; refused")
+        part = next((name for name in path.parts[:-1] if name in PARTS), None)
+        hidden = any(name.startswith((".", "__MACOSX")) for name in path.parts)
+        if part is None or hidden or info.is_dir() or path.suffix.lower() not in PARTS[part][0]:
+            continue
+        if stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1 or info.file_size > _MAX_FILE_BYTES:
+            raise ValueError(f"{archive}: {info.filename!r} is a link, encrypted, or too large; refused")
+        members.append((PurePosixPath(*path.parts[path.parts.index(part) :]), info))
+    if not members:
+        raise ValueError(f"{archive}: has none of {', '.join(PARTS)} in it; is it one of the official zips?")
+    return members
+
+
+def check(base: Path, splits: list[str]) -> list[str]:
+    """Prints what is there and what is not, and returns what is wrong with the parts that must be whole."""
+    problems = []
+    for split, (num_images, num_boxes) in SPLITS.items():
+        found = check_split(base, split, num_images, num_boxes)
+        print(f"wider_face_{split}: " + ("; ".join(found) or f"{num_images:,} images, {num_boxes:,} boxes: whole"))
+        problems += [f"{split}: {problem}" for problem in found] if split in splits else []
+    absent = [name for name in MATS if not (base / "ground_truth" / name).is_file()]
+    print(f"ground_truth: {'no ' + ', '.join(absent) + _from('ground_truth') if absent else 'whole'}")
+    if absent and "val" in splits:
+        problems.append(f"ground_truth: no {', '.join(absent)}{_from('ground_truth')}")
+    return problems
+
+
+def check_split(base: Path, split: str, num_images: int, num_boxes: int) -> list[str]:
+    list_file = base / "wider_face_split" / LISTS[split]
+    if not list_file.is_file():
+        return [f"no {list_file.name}{_from('wider_face_split')}"]
+    records = load_wider_face(list_file, base / f"WIDER_{split}" / "images")
+    problems = []
+    for what, count, official in (
+        ("images", len(records), num_images),
+        ("boxes", sum(len(record["gt_boxes"]) for record in records), num_boxes),
+    ):
+        if count != official:
+            problems.append(f"{list_file.name} has {count:,} {what}, the official one {official:,}")
+    paths = [Path(record["file_name"]) for record in records]
+    bar = tqdm(paths, desc=f"checking WIDER_{split}", unit="image", leave=False, delay=1)
+    missing = [path for path in bar if not path.is_file() or path.stat().st_size == 0]
+    if missing:
+        first = missing[0].relative_to(base)
+        problems.append(f"{len(missing):,} of {len(paths):,} images missing, first {first}{_from(f'WIDER_{split}')}")
+    return problems
+
+
+def _from(part: str) -> str:
+    return f" (from {PARTS[part][1]})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

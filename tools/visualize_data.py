@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Draws what a detector is trained on: the annotations, or the augmented views that the data loader makes of them.
+
+    tools/visualize_data.py --source annotation --output-dir pictures
+    tools/visualize_data.py --source dataloader --config-file configs/quick/demo.yaml --output-dir pictures
+
+Faces are green, regions to ignore grey and crossed. The flags are Detectron2's. The data set is DATASETS.TRAIN of the
+config; another one: DATASETS.TRAIN "('wider_face_val',)" at the end of the command.
+"""
+
+import argparse
+import collections
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
+from gs_d2.config import add_gs_config  # isort: skip
+from gs_d2.data import FaceDatasetMapper  # isort: skip
+from gs_d2.visualization import draw_annotations  # isort: skip
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import detection_utils as utils
+from detectron2.utils.env import seed_all_rng
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", choices=["annotation", "dataloader"], required=True, help="what is drawn")
+    parser.add_argument(
+        "--config-file", metavar="FILE", default=str(ROOT / "configs" / "Base-WIDER.yaml"), help="path to config file"
+    )
+    parser.add_argument("--output-dir", default="./", help="folder for the pictures")
+    parser.add_argument("--show", action="store_true", help="open each picture instead of saving it")
+    parser.add_argument(
+        "--num-images", type=int, default=20, help="how many; annotations are evenly spread; 0 is as many as there are"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
+    args = parser.parse_args(argv)
+    try:
+        cfg = get_cfg()
+        add_gs_config(cfg)
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+        seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
+        visualize = from_annotations if args.source == "annotation" else from_dataloader
+        write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        sys.exit(f"visualize_data: {' '.join(str(error).split())}")
+
+
+def write(pictures, output_dir, show):
+    """Saves (or shows) pictures as `<image>.jpg`; further ones of the same image as `<image>_2.jpg`, ..."""
+    seen = collections.Counter()
+    for image_id, picture in pictures:
+        name = os.path.basename(image_id)
+        seen[name] += 1
+        if show:
+            picture.show(title=name)
+            continue
+        output_dir.mkdir(parents=True, exist_ok=True)
+        suffix = "" if seen[name] == 1 else f"_{seen[name]}"
+        picture.save(output_dir / f"{name}{suffix}.jpg", quality=92)
+
+
+def load_records(cfg):
+    return [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+
+
+def from_annotations(cfg, num_images):
+    """(image_id, picture) of the files, with the boxes as listed."""
+    records = load_records(cfg)
+    if num_images and num_images < len(records):
+        records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
+    for record in tqdm(records, desc="drawing", unit="image"):
+        boxes, ignored = record["gt_boxes"], record["gt_ignore"]
+        image = Image.fromarray(utils.read_image(record["file_name"], "RGB"))
+        yield record["image_id"], draw_annotations(image, boxes[~ignored], boxes[ignored])
+
+
+def from_dataloader(cfg, num_images):
+    """(image_id, picture) of what the training loop would get."""
+    num_images = num_images or len(load_records(cfg))
+    loader = build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
+    with tqdm(total=num_images, desc="drawing", unit="image") as bar:
+        for batch in loader:
+            for view in batch:
+                if bar.n == num_images:
+                    return
+                image = utils.convert_image_to_rgb(view["image"].permute(1, 2, 0).numpy(), cfg.INPUT.FORMAT)
+                faces, ignored = view["instances"].gt_boxes.tensor.numpy(), view["ignore_boxes"].tensor.numpy()
+                yield view["image_id"], draw_annotations(Image.fromarray(image), faces, ignored)
+                bar.update()
+
+
+if __name__ == "__main__":
+    main()
