@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 
 #include "../math/philox.h"
 #include "instruction_set.h"
@@ -44,6 +45,19 @@ void sort_keys(const SubsampleProblem& p, int64_t begin, int64_t count, uint32_t
   }
 }
 
+// Which anchors can still be drawn: positives, and negatives whose key is within the bounds of all groups.
+inline __attribute__((always_inline)) void mark_rivals_body(const int8_t* labels, const uint32_t* keys, int64_t count,
+                                                            uint32_t negative_bound, uint8_t* rivals) {
+  for (int64_t k = 0; k < count; ++k) {
+    const bool negative = (labels[k] == kNegative) & (keys[k] <= negative_bound);
+    rivals[k] = negative | (labels[k] == kPositive);
+  }
+}
+
+GS_MULTIVERSION(mark_rivals,
+                (const int8_t* labels, const uint32_t* keys, int64_t count, uint32_t negative_bound, uint8_t* rivals),
+                (labels, keys, count, negative_bound, rivals))
+
 // Keeps the `capacity` smallest of the keys pushed into it.
 class SmallestKeys {
  public:
@@ -54,6 +68,11 @@ class SmallestKeys {
     if (key >= bound_) return;
     keys_.push_back(key);
     if (int64_t(keys_.size()) >= 2 * capacity_ + 64) shrink();
+  }
+
+  // Keys above this, without their index, are never kept.
+  uint32_t bound() const {
+    return uint32_t(bound_ >> 32);
   }
 
   std::vector<uint64_t> take() {
@@ -83,18 +102,30 @@ Reservoirs cpu_subsample_collect(const SubsampleProblem& p, int64_t begin, int64
     segments.emplace_back(p.quota.num_per_group);  // negatives may have to fill the whole group
     segments.emplace_back(p.quota.max_positives);
   }
+  std::memset(p.sampled_labels + begin, kIgnored, size_t(end - begin));
   uint32_t keys[kChunk];
+  uint8_t rivals[kChunk];
+  uint32_t negative_bound = ~uint32_t{0};  // falls as the groups fill up; then few anchors need a closer look
   for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
     const int64_t count = std::min(kChunk, end - chunk);
     sort_keys(p, chunk, count, keys);
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t i = chunk + k;
-      p.sampled_labels[i] = kIgnored;
-      const int8_t label = p.match_labels[i];
-      const int64_t group = p.group_idxs[i];
-      if ((label == kNegative || label == kPositive) && group >= 0 && group < p.num_groups) {
-        segments[2 * group + label].push(sort_key(keys[k], uint32_t(i)));
+    std::memset(rivals + count / 8 * 8, 0, size_t(kChunk - count / 8 * 8));  // the last word may be partial
+    mark_rivals(p.match_labels + chunk, keys, count, negative_bound, rivals);
+    for (int64_t word = 0; word < count; word += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, rivals + word, sizeof eight);
+      if (eight == 0) continue;
+      for (int64_t k = word; k < std::min(word + 8, count); ++k) {
+        const int64_t i = chunk + k;
+        const int64_t group = p.group_idxs[i];
+        if (rivals[k] && group >= 0 && group < p.num_groups) {
+          segments[2 * group + p.match_labels[i]].push(sort_key(keys[k], uint32_t(i)));
+        }
       }
+    }
+    negative_bound = 0;
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+      negative_bound = std::max(negative_bound, segments[2 * g + kNegative].bound());
     }
   }
   Reservoirs reservoirs;
