@@ -9,11 +9,25 @@ namespace gs_d2 {
 
 namespace {
 
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunk = kSubsampleChunk;
+static_assert(kChunk % 8 == 0, "whole quads of draws, whole words of marks");
+
+// The bits of anchors begin to begin + count, begin a multiple of 4; writes up to the next multiple of 4.
+inline __attribute__((always_inline)) void draw_chunk(uint64_t seed, uint32_t image_idx, uint32_t begin, int64_t count,
+                                                      uint32_t* bits) {
+  for (int64_t quad = 0; quad < (count + 3) / 4; ++quad) {
+    const PhiloxWords words = draw_bits_of_quad(seed, image_idx, begin / 4 + uint32_t(quad));
+    bits[4 * quad] = words.x0;
+    bits[4 * quad + 1] = words.x1;
+    bits[4 * quad + 2] = words.x2;
+    bits[4 * quad + 3] = words.x3;
+  }
+}
 
 inline __attribute__((always_inline)) void random_keys_body(uint64_t seed, uint32_t image_idx, uint32_t begin,
                                                             int64_t count, uint32_t* keys) {
-  for (int64_t k = 0; k < count; ++k) keys[k] = random_key(draw_bits(seed, image_idx, begin + uint32_t(k)));
+  draw_chunk(seed, image_idx, begin, count, keys);
+  for (int64_t k = 0; k < count; ++k) keys[k] = random_key(keys[k]);
 }
 
 GS_MULTIVERSION(random_keys, (uint64_t seed, uint32_t image_idx, uint32_t begin, int64_t count, uint32_t* keys),
@@ -21,7 +35,8 @@ GS_MULTIVERSION(random_keys, (uint64_t seed, uint32_t image_idx, uint32_t begin,
 
 inline __attribute__((always_inline)) void wrs_keys_body(uint64_t seed, uint32_t image_idx, uint32_t begin,
                                                          const float* losses, int64_t count, uint32_t* keys) {
-  for (int64_t k = 0; k < count; ++k) keys[k] = wrs_key(draw_bits(seed, image_idx, begin + uint32_t(k)), losses[k]);
+  draw_chunk(seed, image_idx, begin, count, keys);
+  for (int64_t k = 0; k < count; ++k) keys[k] = wrs_key(keys[k], losses[k]);
 }
 
 GS_MULTIVERSION(wrs_keys,
@@ -95,7 +110,9 @@ class SmallestKeys {
 
 }  // namespace
 
-Reservoirs cpu_subsample_collect(const SubsampleProblem& p, int64_t begin, int64_t end) {
+Reservoirs cpu_subsample_collect(const SubsampleProblem& p, int64_t chunk_begin, int64_t chunk_end) {
+  const int64_t begin = chunk_begin * kChunk;
+  const int64_t end = std::min(chunk_end * kChunk, p.num_anchors);
   std::vector<SmallestKeys> segments;
   segments.reserve(2 * p.num_groups);
   for (int64_t g = 0; g < p.num_groups; ++g) {

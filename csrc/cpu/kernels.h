@@ -43,7 +43,9 @@ void cpu_match_first_pass(const MatchProblem& problem, int64_t block_begin, int6
 // Promotions of the second pass; after all blocks of the first.
 void cpu_match_second_pass(const MatchProblem& problem);
 
-// Subsampling of one image.
+// Subsampling of one image. Anchors are handled in chunks of kSubsampleChunk.
+constexpr int64_t kSubsampleChunk = 1024;
+
 struct SubsampleProblem {
   const int8_t* match_labels;
   const int64_t* group_idxs;
@@ -55,13 +57,17 @@ struct SubsampleProblem {
   uint64_t seed;
   uint32_t image_idx;
   int8_t* sampled_labels;
+
+  int64_t num_chunks() const {
+    return (num_anchors + kSubsampleChunk - 1) / kSubsampleChunk;
+  }
 };
 
 // The smallest sort keys of every (group, label), index 2 * group + label; what one range of anchors contributes.
 using Reservoirs = std::vector<std::vector<uint64_t>>;
 
-// Writes -1 to sampled_labels[begin, end) and returns the candidates among those anchors.
-Reservoirs cpu_subsample_collect(const SubsampleProblem& problem, int64_t begin, int64_t end);
+// Writes -1 to the sampled_labels of the chunks in [chunk_begin, chunk_end) and returns the candidates among them.
+Reservoirs cpu_subsample_collect(const SubsampleProblem& problem, int64_t chunk_begin, int64_t chunk_end);
 
 // Draws from the candidates of all ranges (merged into `reservoirs`, any order) and writes the labels drawn.
 void cpu_subsample_draw(const SubsampleProblem& problem, Reservoirs& reservoirs);

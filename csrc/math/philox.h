@@ -29,9 +29,18 @@ GS_HOST_DEVICE PhiloxWords philox4x32_10(PhiloxWords counter, uint32_t key0, uin
 // What a draw is for; keeps the streams of different uses apart.
 constexpr uint32_t kPurposeGroupSubsample = 0;
 
+// The bits of four consecutive anchors, 4 * quad to 4 * quad + 3: one call of the generator gives four words.
+GS_HOST_DEVICE PhiloxWords draw_bits_of_quad(uint64_t seed, uint32_t image_idx, uint32_t quad) {
+  const PhiloxWords counter{quad, image_idx, kPurposeGroupSubsample, 0};
+  return philox4x32_10(counter, uint32_t(seed), uint32_t(seed >> 32));
+}
+
+// 32 random bits of one anchor.
 GS_HOST_DEVICE uint32_t draw_bits(uint64_t seed, uint32_t image_idx, uint32_t anchor_idx) {
-  const PhiloxWords counter{anchor_idx, image_idx, kPurposeGroupSubsample, 0};
-  return philox4x32_10(counter, uint32_t(seed), uint32_t(seed >> 32)).x0;
+  const PhiloxWords words = draw_bits_of_quad(seed, image_idx, anchor_idx / 4);
+  const uint32_t low = anchor_idx & 1 ? words.x1 : words.x0;
+  const uint32_t high = anchor_idx & 1 ? words.x3 : words.x2;
+  return anchor_idx & 2 ? high : low;
 }
 
 }  // namespace gs_d2

@@ -33,8 +33,8 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
                                    sampled.mutable_data_ptr<int8_t>() + i * n};
     Reservoirs merged(2 * num_groups);
     std::mutex merging;
-    constexpr int64_t kGrain = 1 << 15;
-    torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kGrain = 32;
+    torch::stable::parallel_for(0, problem.num_chunks(), kGrain, [&](int64_t begin, int64_t end) {
       const Reservoirs part = cpu_subsample_collect(problem, begin, end);
       const std::lock_guard<std::mutex> lock(merging);
       for (size_t s = 0; s < merged.size(); ++s) merged[s].insert(merged[s].end(), part[s].begin(), part[s].end());

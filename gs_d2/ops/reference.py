@@ -108,10 +108,11 @@ def philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def draw_bits(seed: int, image_idx: int, num_anchors: int) -> Tensor:
-    """32 random bits for each anchor of an image, as int64 [N]."""
-    index = torch.arange(num_anchors)
-    zero = torch.zeros_like(index)
-    return philox4x32_10([index, zero + image_idx, zero, zero], (seed & _MASK, (seed >> 32) & _MASK))[0]
+    """32 random bits for each anchor of an image, as int64 [N]: word i % 4 of the counter (i // 4, image, 0, 0)."""
+    quad = torch.arange((num_anchors + 3) // 4)
+    zero = torch.zeros_like(quad)
+    words = philox4x32_10([quad, zero + image_idx, zero, zero], (seed & _MASK, (seed >> 32) & _MASK))
+    return torch.stack(words, dim=1).flatten()[:num_anchors]
 
 
 def neg_log_uniform(bits: Tensor) -> Tensor:

@@ -355,7 +355,7 @@ bool subsample_case() {
                                    uint64_t(seed_tensor[0]),
                                    uint32_t(first_image + b),
                                    want.get() + b * n};
-    Reservoirs reservoirs = cpu_subsample_collect(problem, 0, n);
+    Reservoirs reservoirs = cpu_subsample_collect(problem, 0, problem.num_chunks());
     cpu_subsample_draw(problem, reservoirs);
   }
   return sampled.equals(want);
