@@ -33,7 +33,8 @@ lint: $(VENV)/.installed ## ruff and clang-format over everything
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) build gs_d2.egg-info gs_d2/*.so output
+	rm -rf $(VENV) build gs_d2.egg-info gs_d2/*.so output .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up, in three steps that are redone only when what they depend on changes.
 $(VENV)/.created: tools/preflight.py
