@@ -50,23 +50,23 @@ inline __attribute__((always_inline)) void load_block_body(const Box* anchors, i
 
 GS_MULTIVERSION(load_block, (const Box* anchors, int64_t count, AnchorBlock& block), (anchors, count, block))
 
-// Lanes that are tried together, one or two vectors: division is the slowest step, and most of them need none.
+// Lanes that are divided together: division is the slowest step, and most lanes need none.
 constexpr int64_t kLanes = 16;
 
 inline __attribute__((always_inline)) void match_gt_body(Box gt, int32_t gt_idx, AnchorBlock& block) {
   const float gt_area = box_area(gt);
+  alignas(16) uint8_t rises[kMatchBlock];
+  for (int64_t k = 0; k < kMatchBlock; ++k) {
+    const float inter = box_intersection(gt, {block.x1[k], block.y1[k], block.x2[k], block.y2[k]});
+    rises[k] = iou_may_exceed(inter, gt_area, block.area[k], block.best_iou[k]);
+  }
   for (int64_t first = 0; first < kMatchBlock; first += kLanes) {
-    float inter[kLanes];
-    int32_t any = 0;
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t k = first + l;
-      inter[l] = box_intersection(gt, {block.x1[k], block.y1[k], block.x2[k], block.y2[k]});
-      any |= iou_may_exceed(inter[l], gt_area, block.area[k], block.best_iou[k]) ? 1 : 0;
-    }
-    if (any == 0) continue;
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t k = first + l;
-      const float iou = iou_of_areas(inter[l], gt_area, block.area[k]);
+    uint64_t any[kLanes / 8];
+    std::memcpy(any, rises + first, sizeof any);
+    if ((any[0] | any[1]) == 0) continue;
+    for (int64_t k = first; k < first + kLanes; ++k) {
+      const float inter = box_intersection(gt, {block.x1[k], block.y1[k], block.x2[k], block.y2[k]});
+      const float iou = iou_of_areas(inter, gt_area, block.area[k]);
       const bool better = iou > block.best_iou[k];  // strict: the lowest ground truth wins a tie
       block.best_iou[k] = better ? iou : block.best_iou[k];
       block.best_gt[k] = better ? gt_idx : block.best_gt[k];
