@@ -3,9 +3,9 @@
 Cases (anchors x ground truths): W1 800 x 800 at stride 4 with 4 scales; W2-m the same at 1200 x 1200 with m faces; C1
 800 x 1200 with 5 scales x 3 ratios; R1 proposals in no spatial order. Peers: Detectron2's label step (pairwise_iou,
 Matcher, subsample_labels), torchvision's box_iou, the same IoU and maxima under torch.compile, and a group sampler
-written with torch.topk. On the CPU Detectron2 is timed twice, since up to half of its time is fresh memory: with the
-default heap, and with glibc told to keep its memory (a second process). On a GPU times are CUDA events, and ours are
-also given as a captured graph.
+written with torch.topk. Each case has a process of its own, because glibc's heap adapts to what ran before. On the CPU
+Detectron2 is timed twice, since up to half of its time is fresh memory: with the default heap, and with glibc told to
+keep its memory. On a GPU times are CUDA events, and ours are also given as a captured graph.
 """
 
 import argparse
@@ -40,27 +40,25 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="*", help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="few repeats and no curves, to see that it runs")
-    parser.add_argument("--warm-heap-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="only entries whose name has this in it; prints JSON (internal)")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count())
-    cases = {name: make() for name, make in CASES.items() if not args.cases or name in args.cases}
+    names = [name for name in CASES if not args.cases or name in args.cases]
 
-    if args.warm_heap_child:
-        rows = {name: measure(case, device, args.quick, only="Detectron2") for name, case in cases.items()}
-        print(json.dumps(rows))
+    if args.only:
+        print(json.dumps({name: measure(CASES[name](), device, args.quick, args.only) for name in names}))
         return
     results = {}
-    for name, (anchors, gts) in cases.items():
+    for name in names:
+        anchors, gts = CASES[name]()
         print(f"{name}: {len(anchors):,} x {len(gts):,}", flush=True)
-        results[name] = {
-            "num_anchors": len(anchors),
-            "num_gts": len(gts),
-            "entries": measure((anchors, gts), device, args.quick),
-        }
-    if device.type == "cpu":
-        add_warm_heap(results, args)
+        measured = in_own_process(name, args, only=": ")
+        if device.type == "cpu":
+            warm = in_own_process(name, args, only="Detectron2", environment=WARM_HEAP)
+            measured |= {f"{who} (warm heap)": entry for who, entry in warm.items()}
+        results[name] = {"num_anchors": len(anchors), "num_gts": len(gts), "entries": measured}
     curves = {} if args.quick else measure_curves(device)
 
     output = Path(args.output)
@@ -172,7 +170,7 @@ def torch_group_sampler(labels, groups, losses, method):
 # Measuring
 
 
-def measure(case, device, quick, only=""):
+def measure(case, device, quick, only):
     timed = {name: call for name, call in entries(case, device).items() if only in name}
     if device.type == "cuda":
         timed |= {f"{name} (graph)": captured(call) for name, call in list(timed.items()) if name.endswith("gs_d2")}
@@ -254,20 +252,17 @@ def size_of(results):
     return sum(size_of(result) for result in results) if isinstance(results, tuple) else 0
 
 
-def add_warm_heap(results, args):
-    """Detectron2 again, in a process whose heap keeps its memory."""
-    print("Detectron2 with a warm heap", flush=True)
-    command = [sys.executable, __file__, "--warm-heap-child", "--device", "cpu", "--cases", *results]
+def in_own_process(case, args, only, environment=None):
+    """The measurements of one case by a fresh interpreter."""
+    command = [sys.executable, __file__, "--device", args.device, "--cases", case, "--only", only]
     output = subprocess.run(
         command + (["--quick"] if args.quick else []),
-        env={**os.environ, **WARM_HEAP},
-        capture_output=True,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
-    for name, rows in json.loads(output.splitlines()[-1]).items():
-        entry = rows["match: Detectron2 label step"]
-        results[name]["entries"]["match: Detectron2 label step (warm heap)"] = entry
+    return json.loads(output.splitlines()[-1])[case]
 
 
 def measure_curves(device):

@@ -1,5 +1,6 @@
 #include "../cpu/kernels.h"
 #include "check.h"
+#include "tensors.h"
 
 namespace gs_d2 {
 
@@ -10,11 +11,11 @@ Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2) {
   check_boxes("box_iou", "boxes2", boxes2);
   check_device("box_iou", "boxes2", boxes2, boxes1, "boxes1");
   const int64_t m = boxes1.size(0), n = boxes2.size(0);
-  Tensor ious = torch::stable::new_empty(boxes1, {m, n});
+  Tensor ious = new_tensor(boxes1, {m, n}, ScalarType::Float);
   if (m == 0 || n == 0) return ious;
 
-  const Tensor rows = torch::stable::contiguous(boxes1);
-  const Tensor columns = torch::stable::contiguous(boxes2);
+  const Tensor rows = packed(boxes1);
+  const Tensor columns = packed(boxes2);
   float* out = ious.mutable_data_ptr<float>();
   const int64_t grain = 1 + (int64_t{1} << 16) / n;
   torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {

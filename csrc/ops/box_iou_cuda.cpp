@@ -1,4 +1,5 @@
 #include "cuda_launch.h"
+#include "tensors.h"
 
 namespace gs_d2 {
 
@@ -10,11 +11,11 @@ Tensor box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2) {
   check_device("box_iou", "boxes2", boxes2, boxes1, "boxes1");
   const DeviceGuard guard(boxes1.get_device_index());
   const int64_t m = boxes1.size(0), n = boxes2.size(0);
-  Tensor ious = torch::stable::new_empty(boxes1, {m, n});
+  Tensor ious = new_tensor(boxes1, {m, n}, ScalarType::Float);
   if (m == 0 || n == 0) return ious;
 
-  const Tensor rows = torch::stable::contiguous(boxes1);
-  const Tensor columns = torch::stable::contiguous(boxes2);
+  const Tensor rows = packed(boxes1);
+  const Tensor columns = packed(boxes2);
   check_launch("box_iou", launch_box_iou(boxes_ptr(rows), m, boxes_ptr(columns), n, ious.mutable_data_ptr<float>(),
                                          current_stream(boxes1)));
   return ious;

@@ -3,6 +3,7 @@
 
 #include "../cpu/kernels.h"
 #include "check.h"
+#include "tensors.h"
 
 namespace gs_d2 {
 
@@ -13,9 +14,9 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
                            int64_t num_per_group, double positive_fraction, int64_t method) {
   const SubsampleShape shape = check_group_subsample(match_labels, group_idxs, losses, seed_tensor, first_image,
                                                      num_groups, num_per_group, positive_fraction, method);
-  const Tensor labels = torch::stable::contiguous(match_labels);
-  const Tensor groups = torch::stable::contiguous(group_idxs);
-  const OptionalTensor weights = losses ? OptionalTensor(torch::stable::contiguous(*losses)) : std::nullopt;
+  const Tensor labels = packed(match_labels);
+  const Tensor groups = packed(group_idxs);
+  const OptionalTensor weights = losses ? OptionalTensor(packed(*losses)) : std::nullopt;
   Tensor sampled = torch::stable::empty_like(labels);
   const int64_t n = shape.num_anchors;
   if (n == 0) return sampled;

@@ -1,4 +1,5 @@
 #include "cuda_launch.h"
+#include "tensors.h"
 
 namespace gs_d2 {
 
@@ -10,14 +11,14 @@ Tensor group_subsample_cuda(const Tensor& match_labels, const Tensor& group_idxs
   const SubsampleShape shape = check_group_subsample(match_labels, group_idxs, losses, seed_tensor, first_image,
                                                      num_groups, num_per_group, positive_fraction, method);
   const DeviceGuard guard(match_labels.get_device_index());
-  const Tensor labels = torch::stable::contiguous(match_labels);
-  const Tensor groups = torch::stable::contiguous(group_idxs);
+  const Tensor labels = packed(match_labels);
+  const Tensor groups = packed(group_idxs);
   const OptionalTensor weights = contiguous_if_given(losses);
   Tensor sampled = torch::stable::empty_like(labels);
   if (shape.num_images == 0 || shape.num_anchors == 0) return sampled;
 
   const int64_t scratch_bytes = group_subsample_scratch_bytes(shape.num_images, num_groups);
-  Tensor scratch = torch::stable::new_empty(labels, {scratch_bytes}, ScalarType::Char);
+  Tensor scratch = new_tensor(labels, {scratch_bytes}, ScalarType::Char);
   SubsampleBatch batch{};
   batch.match_labels = labels.const_data_ptr<int8_t>();
   batch.group_idxs = groups.const_data_ptr<int64_t>();

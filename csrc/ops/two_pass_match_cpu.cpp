@@ -3,6 +3,7 @@
 
 #include "../cpu/kernels.h"
 #include "check.h"
+#include "tensors.h"
 
 namespace gs_d2 {
 
@@ -17,8 +18,8 @@ class RowRanges {
       bounds_[0] = 0;
       return;
     }
-    const Tensor contiguous = torch::stable::contiguous(*offsets);
-    const int64_t* data = contiguous.const_data_ptr<int64_t>();
+    const Tensor rows = packed(*offsets);
+    const int64_t* data = rows.const_data_ptr<int64_t>();
     bounds_.assign(data, data + num_images + 1);
     bool ordered = bounds_.front() == 0 && bounds_.back() == num_rows;
     for (int64_t b = 0; b < num_images; ++b) ordered = ordered && bounds_[b] <= bounds_[b + 1];
@@ -45,16 +46,16 @@ std::tuple<Tensor, Tensor, Tensor> two_pass_match_cpu(const Tensor& gt_boxes, co
                                                 second_pass, ignore_thresh);
   const int64_t b = shape.num_images, n = shape.num_anchors;
   const std::vector<int64_t> size = shape.batched ? std::vector<int64_t>{b, n} : std::vector<int64_t>{n};
-  Tensor matched_idxs = torch::stable::new_empty(anchors, size, ScalarType::Long);
-  Tensor match_labels = torch::stable::new_empty(anchors, size, ScalarType::Char);
-  Tensor max_ious = torch::stable::new_empty(anchors, size, ScalarType::Float);
+  Tensor matched_idxs = new_tensor(anchors, size, ScalarType::Long);
+  Tensor match_labels = new_tensor(anchors, size, ScalarType::Char);
+  Tensor max_ious = new_tensor(anchors, size, ScalarType::Float);
   const RowRanges gts("gt_offsets", gt_offsets, b, gt_boxes.size(0));
   const RowRanges ignores("ignore_offsets", ignore_offsets, b, ignore_boxes ? ignore_boxes->size(0) : 0);
   if (b == 0 || n == 0) return {matched_idxs, match_labels, max_ious};
 
-  const Tensor all_gts = torch::stable::contiguous(gt_boxes);
-  const Tensor all_anchors = torch::stable::contiguous(anchors);
-  const Tensor all_ignores = ignore_boxes ? torch::stable::contiguous(*ignore_boxes) : all_gts;
+  const Tensor all_gts = packed(gt_boxes);
+  const Tensor all_anchors = packed(anchors);
+  const Tensor all_ignores = ignore_boxes ? packed(*ignore_boxes) : all_gts;
   std::vector<uint64_t> offers(gt_boxes.size(0), kUnmatched);
   std::vector<MatchProblem> problems;
   for (int64_t i = 0; i < b; ++i) {

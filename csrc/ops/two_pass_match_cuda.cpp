@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "cuda_launch.h"
+#include "tensors.h"
 
 namespace gs_d2 {
 
@@ -20,17 +21,17 @@ std::tuple<Tensor, Tensor, Tensor> two_pass_match_cuda(const Tensor& gt_boxes, c
   const DeviceGuard guard(anchors.get_device_index());
   const int64_t b = shape.num_images, n = shape.num_anchors, m = gt_boxes.size(0);
   const std::vector<int64_t> size = shape.batched ? std::vector<int64_t>{b, n} : std::vector<int64_t>{n};
-  Tensor matched_idxs = torch::stable::new_empty(anchors, size, ScalarType::Long);
-  Tensor match_labels = torch::stable::new_empty(anchors, size, ScalarType::Char);
-  Tensor max_ious = torch::stable::new_empty(anchors, size, ScalarType::Float);
+  Tensor matched_idxs = new_tensor(anchors, size, ScalarType::Long);
+  Tensor match_labels = new_tensor(anchors, size, ScalarType::Char);
+  Tensor max_ious = new_tensor(anchors, size, ScalarType::Float);
   if (b == 0 || n == 0) return {matched_idxs, match_labels, max_ious};
 
-  const Tensor all_gts = torch::stable::contiguous(gt_boxes);
-  const Tensor all_anchors = torch::stable::contiguous(anchors);
+  const Tensor all_gts = packed(gt_boxes);
+  const Tensor all_anchors = packed(anchors);
   const OptionalTensor ignores = contiguous_if_given(ignore_boxes);
   const OptionalTensor gt_rows = contiguous_if_given(gt_offsets);
   const OptionalTensor ignore_rows = contiguous_if_given(ignore_offsets);
-  Tensor offers = torch::stable::new_empty(gt_boxes, {m}, ScalarType::Long);
+  Tensor offers = new_tensor(gt_boxes, {m}, ScalarType::Long);
   MatchBatch batch{};
   batch.gt_boxes = boxes_ptr(all_gts);
   batch.num_gts = m;
