@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
@@ -217,6 +218,23 @@ def batch(num_images, height=64, width=96):
     return inputs
 
 
+def test_the_papers_baseline_differs_in_anchors_and_sampling_alone():
+    baseline, ours = dict(leaves(load("wider/fpn.yaml"))), dict(leaves(load("wider/fpn_finest_sampling.yaml")))
+    changed = {key: value for key, value in baseline.items() if value != ours[key]}
+    assert changed == {
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128]],
+        "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+        "MODEL.GS.GROUP_SAMPLING": False,
+        "OUTPUT_DIR": "./output/fpn",
+    }
+
+
+def test_resnet_152_trains_as_the_paper_does():
+    cfg = load("wider/fpn_finest_sampling_r152.yaml")
+    assert cfg.SOLVER.WARMUP_ITERS == 20 * 12880 / cfg.SOLVER.IMS_PER_BATCH
+    assert (cfg.SOLVER.BASE_LR, cfg.TEST.GS.FLIP, cfg.MODEL.RPN.IN_FEATURES) == (0.02, True, ["p3"])
+
+
 @pytest.mark.parametrize("name", YAML_FILES)
 def test_trains_and_detects(name):
     cfg = load(name)
@@ -235,6 +253,9 @@ def train_and_detect(settings: str):
     cfg.merge_from_other_cfg(CfgNode.load_cfg(settings))
     torch.manual_seed(0)
     model = build_model(cfg)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):  # never trained it normalises nothing: a ResNet-152 would overflow
+            module.weight.fill_(0.5)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)  # its warm-up keeps a net from random weights finite
     before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
