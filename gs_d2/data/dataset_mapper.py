@@ -62,18 +62,30 @@ class FaceDatasetMapper:
         result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         result["height"], result["width"] = image.shape[:2]
-        aug_input = T.AugInput(image)
-        transforms = self.augmentations(aug_input)
-        image = aug_input.image
-        result["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        if self.is_train:
-            faces, ignored = self._split_boxes(dataset_dict, transforms, image.shape[:2])
+        if not self.is_train:
+            image = self._augment(image)[0]
+        else:
+            image, faces, ignored = self.augment(image, dataset_dict)
             instances = Instances(image.shape[:2])
             instances.gt_boxes = Boxes(torch.from_numpy(faces))
             instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
             result["instances"] = instances
             result["ignore_boxes"] = Boxes(torch.from_numpy(ignored))
+        result["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return result
+
+    def augment(self, image: np.ndarray, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One training view: the augmented image, boxes to train on and boxes to ignore, float32 [n, 4] in its pixels.
+
+        Whoever wants only the boxes passes a blank image [H, W] of the file's size.
+        """
+        image, transforms = self._augment(image)
+        return image, *self._split_boxes(dataset_dict, transforms, image.shape[:2])
+
+    def _augment(self, image):
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        return aug_input.image, transforms
 
     def _split_boxes(self, dataset_dict, transforms, image_size):
         """Boxes to train on and boxes to ignore, float32 [n, 4], transformed and clipped to the image."""

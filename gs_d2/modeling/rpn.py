@@ -195,6 +195,14 @@ class GroupSamplingRPN(torch.nn.Module):
         matched_idxs, match_labels, _ = self.anchor_matcher.match(all_gts, anchors, gt_offsets=gt_offsets, **ignores)
         return match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1))
 
+    def group_anchors(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each of Tensor[R, 4] the index of its scale in `group_scales`, and the group it is sampled in: int64 [R].
+
+        They differ where the sampler has a single group.
+        """
+        scale_idxs = group_by_scale(Boxes(anchors).area().sqrt(), self.group_scales)
+        return scale_idxs, scale_idxs if self.sampler.num_groups > 1 else torch.zeros_like(scale_idxs)
+
     def losses(
         self,
         anchors: Tensor,
@@ -210,9 +218,8 @@ class GroupSamplingRPN(torch.nn.Module):
             gt_boxes, ignore_boxes: of each image.
         """
         match_labels, matched_gt_idxs, all_gt_boxes = self.label_anchors(anchors, gt_boxes, ignore_boxes)
-        scale_idxs = group_by_scale(Boxes(anchors).area().sqrt(), self.group_scales)
         num_groups = self.sampler.num_groups
-        group_idxs = scale_idxs if num_groups > 1 else torch.zeros_like(scale_idxs)
+        scale_idxs, group_idxs = self.group_anchors(anchors)
         cls_losses = F.cross_entropy(
             pred_logits.transpose(1, 2), match_labels.clamp(min=0).long(), reduction="none"
         )  # [B, R]
