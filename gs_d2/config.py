@@ -18,8 +18,16 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.GROUP_SAMPLING = True
     # Scales (pixels) that define the groups; an anchor belongs to the nearest in log2. [] = one group per anchor scale.
     cfg.MODEL.GS.GROUP_SCALES = []
-    # Which samples of a group are drawn: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (highest loss).
+    # Which samples of a group are drawn: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (highest loss),
+    # "none" (all of them).
     cfg.MODEL.GS.SAMPLER = "random"
+    # With "ohem", at both stages: of boxes of one group and label whose IoU is above this, only the one of highest loss
+    # can be drawn; in (0, 1], 1 is no such pruning. It costs an NMS for every group and image.
+    cfg.MODEL.GS.OHEM_NMS_THRESH = 1.0
+    # How samples weigh in their group's loss: "softmax" (alike), "focal" (focal loss over the number of positives) or
+    # "focal_normalized" (focal weights over their own sum, the paper's Focal*). Alpha and gamma are
+    # MODEL.RETINANET.FOCAL_LOSS_ALPHA and FOCAL_LOSS_GAMMA.
+    cfg.MODEL.GS.CLS_LOSS_TYPE = "softmax"
     # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
     cfg.MODEL.GS.SECOND_PASS = "best"
     # A negative anchor of which at least this share lies in one ignore region is ignored; in (0, 1].
@@ -27,8 +35,30 @@ def add_gs_config(cfg):
     # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
     # sub-samples it. [] = every anchor at its map's own stride.
     cfg.MODEL.GS.ANCHOR_STRIDES = []
+    # Proposals kept of each reference scale (MODEL.GS.ROI.GROUP_SCALES) after NMS, so that small ones reach the second
+    # stage; POST_NMS_TOPK_* limits their sum. 0 = the best of all scales together.
+    cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN = 0
+    cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST = 0
+    # Convolutions in channels-last memory order: the same result up to rounding, faster on CPUs and with tensor cores.
+    cfg.MODEL.GS.CHANNELS_LAST = False
+    # "bfloat16" or "float16": convolutions run in it (torch.autocast), in training and at test; losses, decoding and
+    # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss.
+    cfg.MODEL.GS.AUTOCAST_DTYPE = ""
     # False: train even with Detectron2 defaults that break the method (see check_config).
     cfg.MODEL.GS.CHECK_DEFAULTS = True
+
+    # The second stage, GroupedROIHeads. MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE is its N; POSITIVE_FRACTION,
+    # IOU_THRESHOLDS [low, high], PROPOSAL_APPEND_GT, IN_FEATURES, NMS_THRESH_TEST and MODEL.ROI_BOX_HEAD.* keep their
+    # meaning.
+    cfg.MODEL.GS.ROI = CN()
+    # As the keys of the same names above, for proposals.
+    cfg.MODEL.GS.ROI.GROUP_SAMPLING = True
+    cfg.MODEL.GS.ROI.SAMPLER = "random"
+    cfg.MODEL.GS.ROI.CLS_LOSS_TYPE = "softmax"
+    # Reference scales (pixels), eq. 4: a proposal belongs to the nearest in log2.
+    cfg.MODEL.GS.ROI.GROUP_SCALES = [16, 32, 64, 128]
+    # Final score of a box from those of both stages: "arithmetic" or "geometric" mean, or "none" (the second's).
+    cfg.MODEL.GS.ROI.SCORE_ENSEMBLE = "arithmetic"
 
     cfg.INPUT.GS = CN()
     # Training images are resized by one of these factors, drawn uniformly...
@@ -61,7 +91,6 @@ def add_gs_config(cfg):
 # (key, what Detectron2 sets, why that breaks the method)
 _BREAKING_DEFAULTS = [
     ("TEST.DETECTIONS_PER_IMAGE", 100, "a WIDER FACE image has up to 1,968 faces; use 1000 or more"),
-    ("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5"),
     (
         "MODEL.RPN.PRE_NMS_TOPK_TEST",
         6000,
@@ -71,6 +100,11 @@ _BREAKING_DEFAULTS = [
     ("MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]"),
     ("MODEL.RPN.POSITIVE_FRACTION", 0.5, "the paper samples positives : negatives = 1 : 3, that is 0.25"),
     ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 256, "this is N, the samples per group; the paper uses 2048"),
+]
+_BREAKING_SINGLE_STAGE = [("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5")]
+_BREAKING_TWO_STAGE = [
+    ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class"),
+    ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5], "two-pass matching needs [low, high]; the paper uses [0.5, 0.6]"),
 ]
 
 
@@ -103,7 +137,9 @@ def check_config(cfg):
     if not cfg.MODEL.GS.CHECK_DEFAULTS:
         return
     broken = []
-    for key, default, reason in _BREAKING_DEFAULTS:
+    two_stage = cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN"
+    of_stages = _BREAKING_TWO_STAGE if two_stage else _BREAKING_SINGLE_STAGE
+    for key, default, reason in _BREAKING_DEFAULTS + of_stages:
         value = cfg
         for name in key.split("."):
             value = value[name]

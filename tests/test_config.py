@@ -161,7 +161,7 @@ def test_unknown_yaml_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.GS.SAMPLER", "weighted", "method must be one of random, wrs, ohem, got 'weighted'"),
+        ("MODEL.GS.SAMPLER", "weighted", "method must be one of random, wrs, ohem, none, got 'weighted'"),
         ("MODEL.GS.SECOND_PASS", "first", "second_pass must be best, all or none, got 'first'"),
         ("MODEL.GS.ANCHOR_STRIDES", [[4, 8]], "anchor_strides must rise, one for each of sizes"),
         ("MODEL.GS.ANCHOR_STRIDES", [[2, 4, 4, 4]], "anchor_strides must be multiples of the map's stride 4"),
@@ -204,10 +204,11 @@ def test_wider_trains_as_the_paper_does():
     assert cfg.INPUT.GS.SCALES == [0.25 * n for n in range(1, 9)] and cfg.INPUT.GS.MAX_CROP_SIZE == 1200
 
 
-def batch(num_images, height=64, width=96):
-    """Random images with two faces each, the last one with none, and regions to ignore."""
+def batch(num_images, scales=()):
+    """Random images with two faces each and one more of each scale, the last one with none; regions to ignore."""
+    height, width = max(64, *scales, 0) + 8, max(96, *scales, 0) + 8
     generator = torch.Generator().manual_seed(0)
-    faces = torch.tensor([[10.0, 10, 30, 34], [50, 5, 90, 60]])
+    faces = torch.tensor([[10.0, 10, 30, 34], [50, 5, 90, 60], *([4, 4, 4 + s, 4 + s] for s in scales)])
     inputs = []
     for i in range(num_images):
         boxes = faces if i < num_images - 1 or num_images == 1 else faces[:0]
@@ -259,10 +260,14 @@ def train_and_detect(settings: str):
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)  # its warm-up keeps a net from random weights finite
     before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    scales = sorted(size for row in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in row)
+    if cfg.MODEL.RPN.HEAD_NAME != "DilatedRPNHead":  # each of its branches learns from faces of its own scale
+        scales = scales[:1]
     with EventStorage():
         for _ in range(2):
-            losses = model(batch(2))
-            assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc"}
+            losses = model(batch(2, scales))
+            second_stage = {"loss_cls", "loss_box_reg"} if "FastRCNN" in cfg.MODEL.META_ARCHITECTURE else set()
+            assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc"} | second_stage
             assert all(math.isfinite(loss.item()) and loss > 0 for loss in losses.values()), losses
             optimizer.zero_grad()
             sum(losses.values()).backward()

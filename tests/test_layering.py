@@ -144,11 +144,13 @@ RULES = {
         files=("csrc/ops/*_cuda.cpp", "csrc/ops/cuda_*.h"),
         may=(
             "csrc/ops/check.h",
+            "csrc/ops/tensors.h",
             "csrc/ops/cuda_*.h",
             "csrc/cuda/kernels.h",
             "csrc/math/*.h",
             "<cuda_runtime.h>",
             "<torch/csrc/stable/*>",
+            "<torch/csrc/inductor/aoti_torch/c/shim.h>",  # the stable ABI itself
             "<torch/headeronly/*>",
         ),
         never=(r"<<<",),
@@ -157,10 +159,12 @@ RULES = {
         files=("csrc/ops/*",),
         may=(
             "csrc/ops/check.h",
+            "csrc/ops/tensors.h",
             "csrc/cpu/kernels.h",
             "csrc/math/*.h",
             "<Python.h>",
             "<torch/csrc/stable/*>",
+            "<torch/csrc/inductor/aoti_torch/c/shim.h>",  # the stable ABI itself
             "<torch/headeronly/*>",
         ),
         never=(r"<<<",),

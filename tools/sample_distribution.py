@@ -154,19 +154,19 @@ class TrainedAnchors:
         import torch
         from detectron2.structures import Boxes
 
-        from gs_d2.modeling.losses import group_counts
+        from gs_d2.modeling.losses import group_sums
 
         rpn = self.rpn
         maps = [torch.empty(1, 0, *size) for size in self.map_sizes(image_size)]
         anchors = Boxes.cat(rpn.anchor_generator(maps)).tensor
         faces, ignored = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignored))
-        match_labels, _, _ = rpn.label_anchors(anchors, [faces], [ignored])
+        match_labels, _, _ = rpn.anchor_matcher.match_images(anchors, [faces], [ignored])
         scale_idxs, group_idxs = rpn.group_anchors(anchors)
         sampled_labels = rpn.sampler(match_labels, group_idxs, seed=seed)
         masks = (match_labels == 1, match_labels == 0, sampled_labels == 1, sampled_labels == 0)
         num_scales = len(rpn.group_scales)
         return {
-            name: group_counts(mask, scale_idxs, num_scales)[0].numpy().astype(np.int64)
+            name: group_sums(mask, scale_idxs, num_scales)[0].numpy().astype(np.int64)
             for name, mask in zip(TITLES, masks, strict=True)
         }
 

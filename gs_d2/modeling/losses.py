@@ -1,6 +1,6 @@
-"""Losses of eq. 2 and 5: per-box regression losses and the weights that make them a sum of per-group means.
+"""The arithmetic of eq. 2 and 5: losses of single boxes, and the weights that make a sum of per-group means of them.
 
-Shape shorthand: P boxes, B images, R anchors of an image over all feature maps, G groups.
+Shape shorthand: P boxes, R boxes that are sampled from, G groups.
 """
 
 import torch
@@ -70,26 +70,30 @@ def box_regression_loss(
     return _BOX_LOSSES[loss_type](box2box_transform.apply_deltas(pred_deltas, anchors), gt_boxes)
 
 
-def group_counts(mask: Tensor, group_idxs: Tensor, num_groups: int) -> Tensor:
-    """How many anchors of each image and group are set in a bool Tensor[B, R]; float32 Tensor[B, G].
+def focal_weights(cls_losses: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss's factor alpha_t (1 - p_t)^gamma of each cross entropy -ln p_t; any shape, that of bool `positive`."""
+    alpha_t = torch.where(positive, alpha, 1 - alpha)
+    return alpha_t * (1 - torch.exp(-cls_losses)) ** gamma
 
-    group_idxs is int64 [R], in [0, G).
+
+def group_sums(values: Tensor, group_idxs: Tensor, num_groups: int) -> Tensor:
+    """Sums of values[..., R] over the members of each group; float32 Tensor[..., G].
+
+    `group_idxs` is int64 [R] or of the values' shape, in [0, G).
     """
-    counts = torch.zeros(mask.shape[0], num_groups, device=mask.device)
-    return counts.scatter_add_(1, group_idxs.expand_as(mask), mask.float())
+    sums = torch.zeros(*values.shape[:-1], num_groups, device=values.device)
+    return sums.scatter_add_(-1, group_idxs.expand_as(values), values.float())
 
 
 def group_mean_weights(mask: Tensor, group_idxs: Tensor, num_groups: int) -> Tensor:
-    """Weights that turn a sum over the anchors of `mask` into eq. 2's sum over groups of per-group means.
+    """Weights that turn a sum over the boxes of `mask` into eq. 2's sum over groups of per-group means.
 
     Args:
-        mask (bool Tensor[B, R]): the samples that take part.
-        group_idxs (int64 Tensor[R]): group of each anchor, in [0, num_groups).
+        mask (bool Tensor[..., R]): the samples that take part.
+        group_idxs (int64 Tensor[R], or as mask): group of each box, in [0, num_groups).
 
     Returns:
-        float32 Tensor[B, R]: 1 / (B |S|) for the samples of a group S of an image, 0 elsewhere. An empty group has
-        no weight at all.
+        float32 Tensor[..., R]: 1 / |S| for the samples of a group S, 0 elsewhere. An empty group has no weight at all.
     """
-    counts = group_counts(mask, group_idxs, num_groups)
-    per_group = 1.0 / (counts.clamp(min=1) * mask.shape[0])
-    return per_group.gather(1, group_idxs.expand_as(mask)) * mask
+    per_group = 1.0 / group_sums(mask, group_idxs, num_groups).clamp(min=1)
+    return per_group.gather(-1, group_idxs.expand_as(mask)) * mask

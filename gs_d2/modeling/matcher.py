@@ -1,6 +1,8 @@
 """Two-pass matching of anchors to ground truth (paper, section 4.1)."""
 
 import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes
 from torch import Tensor
 
 from gs_d2 import ops
@@ -40,6 +42,29 @@ class TwoPassMatcher:
             **images_and_ignores,
         )
 
+    @torch.no_grad()
+    def match_images(
+        self, anchors: Tensor, gt_boxes: list[Boxes], ignore_boxes: list[Boxes] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Matches a batch in one call.
+
+        Args:
+            anchors (Tensor[R, 4] or [B, R, 4]): shared by all images, or of each.
+            gt_boxes, ignore_boxes: boxes of each image; any number, none included.
+
+        Returns:
+            match_labels (int8 Tensor[B, R]): 1, 0 or -1.
+            matched_gt_idxs (int64 Tensor[B, R]): row of the matched ground truth in `all_gt_boxes`.
+            all_gt_boxes (Tensor[M + 1, 4]): ground truth of all images and a last row of zeros, so that every index
+                is valid even without any ground truth.
+        """
+        all_gts, gt_offsets = _concatenate(gt_boxes, anchors)
+        ignores = {}
+        if ignore_boxes is not None:
+            ignores["ignore_boxes"], ignores["ignore_offsets"] = _concatenate(ignore_boxes, anchors)
+        matched_idxs, match_labels, _ = self.match(all_gts, anchors, gt_offsets=gt_offsets, **ignores)
+        return match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1))
+
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Matches on a given matrix, as Detectron2's ``Matcher`` does.
 
@@ -76,3 +101,11 @@ class TwoPassMatcher:
             candidates &= idxs == first[matches]
         match_labels[candidates] = 1
         return matches, match_labels
+
+
+def _concatenate(boxes: list[Boxes], like: Tensor) -> tuple[Tensor, Tensor]:
+    """All boxes [M, 4] one after another, and where each image's begin: int64 [B + 1]."""
+    offsets = torch.tensor([0] + [len(x) for x in boxes]).cumsum(0)
+    if like.is_cuda:
+        offsets = offsets.pin_memory()
+    return torch.cat([x.tensor for x in boxes]), offsets.to(like.device, non_blocking=True)

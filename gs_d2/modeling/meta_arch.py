@@ -1,10 +1,11 @@
 """Detectors: what Detectron2 builds from MODEL.META_ARCHITECTURE."""
 
+import contextlib
 import math
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator, build_roi_heads
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import nn
@@ -32,6 +33,8 @@ class RPNDetector(nn.Module):
         pixel_std: tuple[float, ...],
         max_detections: int,
         nms_thresh: float = 0.5,
+        channels_last: bool = False,
+        autocast_dtype: str = "",
     ):
         """
         Args:
@@ -39,14 +42,22 @@ class RPNDetector(nn.Module):
             pixel_mean, pixel_std: per channel, in the order of INPUT.FORMAT and its range 0..255.
             max_detections: the most detections kept of an image.
             nms_thresh: IoU above which the lower-scored detection is dropped.
+            channels_last: memory order of feature maps and convolutions.
+            autocast_dtype: "bfloat16" or "float16", in which convolutions then run; "" leaves it to the caller.
         """
         super().__init__()
+        if autocast_dtype not in ("", "bfloat16", "float16"):
+            raise ValueError(f"AUTOCAST_DTYPE must be bfloat16, float16 or empty, got {autocast_dtype!r}")
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.max_detections = max_detections
         self.nms_thresh = nms_thresh
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.autocast_dtype = getattr(torch, autocast_dtype) if autocast_dtype else None
+        backbone.to(memory_format=self.memory_format)
+        proposal_generator.to(memory_format=self.memory_format)
 
     @classmethod
     def from_config(cls, cfg):
@@ -58,6 +69,8 @@ class RPNDetector(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
             "nms_thresh": cfg.MODEL.RPN.NMS_THRESH,
+            "channels_last": cfg.MODEL.GS.CHANNELS_LAST,
+            "autocast_dtype": cfg.MODEL.GS.AUTOCAST_DTYPE,
         }
 
     @property
@@ -78,13 +91,12 @@ class RPNDetector(nn.Module):
         """
         if self.training:
             images = self.preprocess_image(batched_inputs)
-            features = self.backbone(images.tensor)
             gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
             ignore_boxes = None
             if "ignore_boxes" in batched_inputs[0]:
                 ignore_boxes = [x["ignore_boxes"].to(self.device) for x in batched_inputs]
-            _, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes, with_proposals=False)
-            return losses
+            with self._autocast():
+                return self._losses(images, gt_instances, ignore_boxes)
 
         results = []
         for candidates, image in zip(self.predict_candidates(batched_inputs), batched_inputs, strict=True):
@@ -106,8 +118,22 @@ class RPNDetector(nn.Module):
             :meth:`forward`'s detections, in pixels of the `image` given.
         """
         images = self.preprocess_image(batched_inputs)
+        with self._autocast():
+            return self._candidates(images)
+
+    def _losses(self, images: ImageList, gt_instances: list[Instances], ignore_boxes) -> dict:
+        features = self.backbone(images.tensor)
+        _, losses = self.proposal_generator(images, features, gt_instances, ignore_boxes, with_proposals=False)
+        return losses
+
+    def _candidates(self, images: ImageList) -> list[Instances]:
         proposals = self.proposal_generator.predict_candidates(images, self.backbone(images.tensor))
         return [_as_detections(x) for x in proposals]
+
+    def _autocast(self):
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def select_detections(self, candidates: Instances) -> Instances:
         """One NMS over all candidates of an image, from however many views, and the limit of detections.
@@ -137,7 +163,53 @@ class RPNDetector(nn.Module):
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises, pads to a common size that the backbone divides, and batches."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
+        batch.tensor = batch.tensor.contiguous(memory_format=self.memory_format)
+        return batch
+
+
+@META_ARCH_REGISTRY.register()
+class GroupedFastRCNN(RPNDetector):
+    """The paper's two-stage detector: proposals of every scale, scored and refined by :class:`GroupedROIHeads`.
+
+    Takes and returns what :class:`RPNDetector` does; `scores` are of both stages, and `nms_thresh` is of the second's
+    detections. On a pyramid each level runs both stages.
+    """
+
+    @configurable
+    def __init__(self, *, roi_heads: nn.Module, **detector):
+        """
+        Args:
+            roi_heads: as :class:`GroupedROIHeads`.
+            detector: as :class:`RPNDetector`.
+        """
+        super().__init__(**detector)
+        self.roi_heads = roi_heads
+
+    @classmethod
+    def from_config(cls, cfg):
+        detector = super().from_config(cfg)
+        return {
+            **detector,
+            "roi_heads": build_roi_heads(cfg, detector["backbone"].output_shape()),
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "nms_thresh": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
+        }
+
+    def _losses(self, images: ImageList, gt_instances: list[Instances], ignore_boxes) -> dict:
+        features = self.backbone(images.tensor)
+        proposals, rpn_losses = self.proposal_generator(images, features, gt_instances, ignore_boxes)
+        _, losses = self.roi_heads(images, features, proposals, gt_instances, ignore_boxes)
+        return {**rpn_losses, **losses}
+
+    def _candidates(self, images: ImageList) -> list[Instances]:
+        features = self.backbone(images.tensor)
+        proposals, _ = self.proposal_generator(images, features)
+        detections, _ = self.roi_heads(images, features, proposals)
+        for x in detections:
+            x.group_scales = x.anchor_scales
+            x.remove("anchor_scales")
+        return detections
 
 
 def _as_detections(proposals: Instances) -> Instances:

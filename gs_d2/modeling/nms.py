@@ -30,3 +30,36 @@ def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int) -> 
         if len(kept) == max_kept:
             break
     return kept
+
+
+@torch.no_grad()
+def prune_overlapping(
+    match_labels: Tensor,
+    group_idxs: Tensor,
+    num_groups: int,
+    boxes: Tensor,
+    losses: Tensor,
+    iou_thresh: float,
+    max_kept: int,
+) -> Tensor:
+    """OHEM's pruning: of overlapping boxes of one image, group and label, only that of highest loss can be drawn.
+
+    Args:
+        match_labels (int8 Tensor[B, R]): 1, 0, or -1 for what cannot be drawn anyway.
+        group_idxs (int64 Tensor[R] or [B, R]): in [0, num_groups).
+        boxes (Tensor[B, R, 4]), losses (Tensor[B, R])
+        iou_thresh: a box is dropped if its IoU with a kept one is greater.
+        max_kept: of each image, group and label; no more can be drawn.
+
+    Returns:
+        int8 Tensor[B, R]: `match_labels` where kept, -1 elsewhere.
+    """
+    pruned = torch.full_like(match_labels, -1)
+    group_idxs = group_idxs.expand_as(match_labels)
+    for b in range(len(match_labels)):
+        for group in range(num_groups):
+            for label in (0, 1):
+                rows = torch.nonzero((match_labels[b] == label) & (group_idxs[b] == group))[:, 0]
+                kept = rows[top_nms(boxes[b, rows], losses[b, rows], iou_thresh, max_kept)]
+                pruned[b, kept] = label
+    return pruned

@@ -1,6 +1,7 @@
 """Heads that predict face / background logits and box deltas for every anchor of a cell."""
 
 import fvcore.nn.weight_init as weight_init
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
@@ -24,9 +25,7 @@ class SoftmaxRPNHead(nn.Module):
         self.objectness_logits = nn.Conv2d(in_channels, 2 * num_anchors, kernel_size=1)
         self.anchor_deltas = nn.Conv2d(in_channels, 4 * num_anchors, kernel_size=1)
         weight_init.c2_msra_fill(self.conv)  # Detectron2's std of 0.01 starts too slowly from random weights
-        for layer in (self.objectness_logits, self.anchor_deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        _init_predictors(self.objectness_logits, self.anchor_deltas)
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
@@ -40,6 +39,67 @@ class SoftmaxRPNHead(nn.Module):
         """Maps [N, C, Hi, Wi] -> logits [N, 2A, Hi, Wi] (background, face for each anchor), deltas [N, 4A, Hi, Wi]."""
         hidden = [self.conv(feature).relu_() for feature in features]
         return [self.objectness_logits(x) for x in hidden], [self.anchor_deltas(x) for x in hidden]
+
+
+@RPN_HEAD_REGISTRY.register()
+class DilatedRPNHead(nn.Module):
+    """FPN-finest-DC's head: a larger receptive field for larger anchors on the same feature map.
+
+    After the shared 3x3 convolution each anchor scale has a branch of its own: a 3x3 convolution dilated by 1, 2, 4,
+    ... from the smallest scale on, ReLU, and 1x1 convolutions. The layout is ours: Fig. 5's is not in the text.
+    """
+
+    @configurable
+    def __init__(self, *, in_channels: int, num_scales: int, anchors_per_scale: int):
+        """
+        Args:
+            in_channels: channels of every input feature map, kept by the 3x3 convolutions.
+            num_scales: anchor scales of a cell, in rising order.
+            anchors_per_scale: A / num_scales, the number of aspect ratios.
+        """
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=2**i, dilation=2**i) for i in range(num_scales)
+        )
+        self.objectness_logits = nn.ModuleList(
+            nn.Conv2d(in_channels, 2 * anchors_per_scale, kernel_size=1) for _ in range(num_scales)
+        )
+        self.anchor_deltas = nn.ModuleList(
+            nn.Conv2d(in_channels, 4 * anchors_per_scale, kernel_size=1) for _ in range(num_scales)
+        )
+        for layer in (self.conv, *self.branches):
+            weight_init.c2_msra_fill(layer)
+        _init_predictors(*self.objectness_logits, *self.anchor_deltas)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        (in_channels,) = _same("channels of the RPN's feature maps", [shape.channels for shape in input_shape])
+        (num_anchors,) = _same(
+            "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
+        )
+        (num_scales,) = _same("anchor sizes", [len(sizes) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES])
+        return {
+            "in_channels": in_channels,
+            "num_scales": num_scales,
+            "anchors_per_scale": num_anchors // num_scales,
+        }
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """As :meth:`SoftmaxRPNHead.forward`."""
+        logits, deltas = [], []
+        for feature in features:
+            shared = self.conv(feature).relu_()
+            hidden = [branch(shared).relu_() for branch in self.branches]
+            logits.append(torch.cat([layer(x) for layer, x in zip(self.objectness_logits, hidden, strict=True)], dim=1))
+            deltas.append(torch.cat([layer(x) for layer, x in zip(self.anchor_deltas, hidden, strict=True)], dim=1))
+        return logits, deltas
+
+
+def _init_predictors(*layers: nn.Conv2d):
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
 
 
 def _same(what, values):

@@ -20,6 +20,20 @@ def group_by_scale(scales: Tensor, group_scales) -> Tensor:
     return (scales.float()[..., None].log2() - group_scales.log2()).abs().argmin(dim=-1)
 
 
+def first_of_each_group(group_idxs: Tensor, num_groups: int, count: int) -> Tensor:
+    """Rows of the first `count` members of each group, ascending.
+
+    Args:
+        group_idxs (int64 Tensor[N]): in [0, num_groups).
+
+    Returns:
+        int64 Tensor[K], K <= num_groups * count.
+    """
+    one_hot = group_idxs[:, None] == torch.arange(num_groups, device=group_idxs.device)
+    rank = one_hot.cumsum(dim=0).gather(1, group_idxs[:, None])[:, 0]
+    return torch.nonzero(rank <= count)[:, 0]
+
+
 class GroupSampler:
     """Draws the same number of samples from each group, positives : negatives = 1 : 3.
 
@@ -27,10 +41,10 @@ class GroupSampler:
         num_groups (int): G; 1 is the usual sampling without groups.
         num_per_group (int): N of the paper, per image.
         positive_fraction (float): largest share of positives in a group.
-        method: "random", "wrs" or "ohem"; see :func:`gs_d2.ops.group_subsample`.
+        method: "random", "wrs" or "ohem", see :func:`gs_d2.ops.group_subsample`; "none" draws every labelled box.
     """
 
-    METHODS = ("random", "wrs", "ohem")
+    METHODS = ("random", "wrs", "ohem", "none")
 
     def __init__(self, num_groups, num_per_group, positive_fraction=0.25, method="random"):
         if method not in self.METHODS:
@@ -41,9 +55,16 @@ class GroupSampler:
         self.method = method
 
     @property
-    def max_positives(self) -> int:
-        """The most positives that can be drawn from one image."""
+    def max_positives(self) -> int | None:
+        """The most positives that can be drawn from one image; None where there is no limit."""
+        if self.method == "none":
+            return None
         return self.num_groups * int(self.num_per_group * self.positive_fraction)
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the draw depends on the losses."""
+        return self.method in ("wrs", "ohem")
 
     def __call__(self, match_labels: Tensor, group_idxs: Tensor, losses: Tensor | None = None, seed=None) -> Tensor:
         """Samples anchors.
@@ -51,12 +72,14 @@ class GroupSampler:
         Args:
             match_labels (int8 Tensor[N] or [B, N]), group_idxs (int64 Tensor[N] or [B, N]): as
                 :func:`gs_d2.ops.group_subsample`.
-            losses (Tensor, shape of match_labels): classification loss of each anchor; not looked at by "random".
+            losses (Tensor, shape of match_labels): classification loss of each anchor; looked at where `needs_losses`.
             seed (int or 0-dim int64 Tensor): None draws one from torch's CPU generator.
 
         Returns:
             int8 Tensor of match_labels' shape: 1 or 0 where drawn, -1 elsewhere.
         """
+        if self.method == "none":
+            return match_labels
         return ops.group_subsample(
             match_labels,
             group_idxs,
@@ -64,7 +87,7 @@ class GroupSampler:
             num_per_group=self.num_per_group,
             positive_fraction=self.positive_fraction,
             method=self.method,
-            losses=None if self.method == "random" else losses,
+            losses=losses if self.needs_losses else None,
             seed=seed,
         )
 

@@ -14,8 +14,10 @@ from gs_d2.modeling import (
     SoftmaxRPNHead,
     TwoPassMatcher,
 )
+from gs_d2.modeling.criterion import GroupCriterion
 
 SCALES = [16, 32]
+TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
 DIVISIBILITY = 16
 
 
@@ -47,8 +49,9 @@ def build(max_detections=200, topk=3000, seed=0, **rpn):
             ),
             anchor_matcher=TwoPassMatcher([0.4, 0.6]),
             sampler=GroupSampler(2, 64),
+            criterion=GroupCriterion(TRANSFORM),
             group_scales=SCALES,
-            box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+            box2box_transform=TRANSFORM,
             pre_nms_topk=(500, topk),
             post_nms_topk=(50, 500),
             **rpn,

@@ -6,20 +6,25 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from gs_d2.modeling import GroupSampler, GroupSamplingRPN, ScaleStrideAnchorGenerator, SoftmaxRPNHead, TwoPassMatcher
+from gs_d2.modeling.criterion import GroupCriterion
 from gs_d2.modeling.sampling import group_by_scale
 
 SCALES = [16, 32, 64, 128]
 
 
-def build(**changes):
+TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
+
+
+def build(criterion={}, **changes):  # noqa: B006
     arguments = dict(
         in_features=["p2"],
         head=SoftmaxRPNHead(in_channels=8, num_anchors=4),
         anchor_generator=ScaleStrideAnchorGenerator(sizes=[SCALES], aspect_ratios=[[1.0]], feature_strides=[4]),
         anchor_matcher=TwoPassMatcher([0.4, 0.6]),
         sampler=GroupSampler(4, 64),
+        criterion=GroupCriterion(TRANSFORM, **criterion),
         group_scales=SCALES,
-        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        box2box_transform=TRANSFORM,
         pre_nms_topk=(500, 800),
         post_nms_topk=(50, 100),
         nms_thresh=0.5,
@@ -49,12 +54,13 @@ class CountingStorage(EventStorage):
 @pytest.mark.parametrize("method", ["random", "wrs", "ohem"])
 def test_loss_is_eq_2(num_groups, method):
     """Against the equation written out: a sum over groups of means over the samples drawn."""
-    rpn = build(sampler=GroupSampler(num_groups, 64, method=method), box_reg_loss_type="least_square_iou")
+    rpn = build({"box_reg_loss_type": "least_square_iou"}, sampler=GroupSampler(num_groups, 64, method=method))
     images, features, instances = inputs()
     seen = []
     draw = rpn.sampler.__call__
     rpn.sampler = lambda *a: seen.append((a, draw(*a))) or seen[-1][1]
     rpn.sampler.num_groups, rpn.sampler.max_positives = num_groups, num_groups * 16
+    rpn.sampler.method = method
     with CountingStorage():
         _, losses = rpn(images, features, instances, with_proposals=False)
     (match_labels, group_idxs, anchor_losses), sampled = seen[0]
@@ -88,7 +94,7 @@ def test_loss_is_eq_2(num_groups, method):
 @pytest.mark.parametrize("gts", [(), ((20.0, 20, 43, 43),)])
 def test_every_parameter_gets_a_gradient(loss_type, gts):
     """Also without any face: DDP must see every parameter (SPEC section 2, row 5)."""
-    rpn = build(box_reg_loss_type=loss_type)
+    rpn = build({"box_reg_loss_type": loss_type})
     images, features, instances = inputs(gts=gts)
     with EventStorage():
         _, losses = rpn(images, features, instances, with_proposals=False)
@@ -122,8 +128,8 @@ def test_ignore_boxes_are_never_negative():
     anchors = rpn.anchor_generator([features["p2"]])[0].tensor
     gt_boxes = [x.gt_boxes for x in instances]
     region = Boxes(torch.tensor([[0.0, 0, 128, 50]]))
-    without, _, _ = rpn.label_anchors(anchors, gt_boxes, [Boxes(torch.zeros(0, 4))])
-    with_region, _, _ = rpn.label_anchors(anchors, gt_boxes, [region])
+    without, _, _ = rpn.anchor_matcher.match_images(anchors, gt_boxes, [Boxes(torch.zeros(0, 4))])
+    with_region, _, _ = rpn.anchor_matcher.match_images(anchors, gt_boxes, [region])
     inside = (anchors[:, 3] <= 50) & (anchors[:, 1] >= 0) & (anchors[:, 0] >= 0) & (anchors[:, 2] <= 128)
     assert (without[0][inside] == 0).any()
     assert (with_region[0][inside] != 0).all()
@@ -173,7 +179,7 @@ def test_proposals_drop_what_is_not_finite():
 
 def test_unknown_loss_type():
     with pytest.raises(ValueError, match="BBOX_REG_LOSS_TYPE must be one of smooth_l1, least_square_iou, iou"):
-        build(box_reg_loss_type="giou")
+        build({"box_reg_loss_type": "giou"})
 
 
 def test_groups_of_other_scales():

@@ -15,7 +15,7 @@ def test_group_by_scale_is_eq_4():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="method must be one of random, wrs, ohem, got 'focal'"):
+    with pytest.raises(ValueError, match="method must be one of random, wrs, ohem, none, got 'focal'"):
         GroupSampler(4, 256, method="focal")
 
 

@@ -1,0 +1,139 @@
+"""The loss of eq. 2, for both stages: which samples count how much, classification and box regression.
+
+Shape shorthand: S boxes of all images one after another, G groups of an image, B images.
+"""
+
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from gs_d2.modeling.losses import (
+    BOX_REG_LOSS_TYPES,
+    box_regression_loss,
+    focal_weights,
+    group_mean_weights,
+    group_sums,
+)
+
+CLS_LOSS_TYPES = ("softmax", "focal", "focal_normalized")
+_LOG_PERIOD = 20  # iterations between two writes of the group statistics, which wait for the GPU
+
+
+class GroupCriterion:
+    """Eq. 2: the sum over groups of the mean losses of the samples drawn from each, averaged over images.
+
+    Args:
+        box2box_transform: eq. 13.
+        cls_loss_type: how samples weigh in their group. "softmax": alike; "focal": by focal loss's factor, over the
+            number of positives (at least 1), as RetinaNet does; "focal_normalized": by that factor over the group's sum
+            of it, the paper's Focal*, whose loss is the weighted mean.
+        focal_alpha, focal_gamma: of focal loss.
+        box_reg_loss_type, smooth_l1_beta: see :func:`gs_d2.modeling.losses.box_regression_loss`.
+    """
+
+    def __init__(
+        self,
+        box2box_transform: Box2BoxTransform,
+        *,
+        cls_loss_type: str = "softmax",
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        box_reg_loss_type: str = "smooth_l1",
+        smooth_l1_beta: float = 0.0,
+    ):
+        if cls_loss_type not in CLS_LOSS_TYPES:
+            raise ValueError(f"CLS_LOSS_TYPE must be one of {', '.join(CLS_LOSS_TYPES)}, got {cls_loss_type!r}")
+        if box_reg_loss_type not in BOX_REG_LOSS_TYPES:
+            raise ValueError(
+                f"BBOX_REG_LOSS_TYPE must be one of {', '.join(BOX_REG_LOSS_TYPES)}, got {box_reg_loss_type!r}"
+            )
+        self.box2box_transform = box2box_transform
+        self.cls_loss_type = cls_loss_type
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+        self.box_reg_loss_type = box_reg_loss_type
+        self.smooth_l1_beta = smooth_l1_beta
+
+    def classification(
+        self, cls_losses: Tensor, sampled_labels: Tensor, group_idxs: Tensor, num_groups: int, num_images: int
+    ) -> Tensor:
+        """The classification term, a scalar.
+
+        Args:
+            cls_losses (Tensor[S]): cross entropy of each box.
+            sampled_labels (int8 Tensor[S]): 1 positive, 0 negative, -1 not drawn.
+            group_idxs (int64 Tensor[S]): in [0, num_groups); boxes of two images are never in one group.
+            num_groups (int): B G.
+            num_images (int): B.
+        """
+        sampled, positive = sampled_labels >= 0, sampled_labels == 1
+        if self.cls_loss_type == "softmax":
+            weights = group_mean_weights(sampled, group_idxs, num_groups)
+        else:
+            weights = focal_weights(cls_losses, positive, self.focal_alpha, self.focal_gamma) * sampled
+            if self.cls_loss_type == "focal":
+                total = group_sums(positive, group_idxs, num_groups).clamp(min=1)
+            else:
+                total = group_sums(weights.detach(), group_idxs, num_groups).clamp(min=torch.finfo(torch.float32).tiny)
+            weights = weights / total[group_idxs]
+        return (cls_losses * weights).sum() / num_images
+
+    def box_regression(
+        self,
+        pred_deltas: Tensor,
+        boxes: Tensor,
+        gt_boxes: Tensor,
+        valid: Tensor,
+        group_idxs: Tensor,
+        num_groups: int,
+        num_images: int,
+    ) -> Tensor:
+        """The regression term, a scalar; 0, but part of the graph, where there is no positive.
+
+        Args:
+            pred_deltas, boxes, gt_boxes (Tensor[P, 4]): of boxes that are positive, and of any others.
+            valid (bool Tensor[P]): which are positive; the rest costs nothing.
+            group_idxs, num_groups, num_images: as :meth:`classification`.
+        """
+        losses = box_regression_loss(
+            pred_deltas,
+            boxes,
+            torch.where(valid[:, None], gt_boxes, boxes),
+            self.box2box_transform,
+            loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        return (losses * group_mean_weights(valid, group_idxs, num_groups)).sum() / num_images
+
+
+def log_group_statistics(
+    name: str, scales: list[float], scale_idxs: Tensor, match_labels: Tensor, sampled_labels: Tensor, cls_losses: Tensor
+):
+    """Into TensorBoard, by scale: boxes matched and drawn, per image, and the mean loss of those drawn.
+
+    Args:
+        name: prefix of the curves, "groups" for the first stage.
+        scale_idxs (int64 Tensor[R] or [B, R]), match_labels, sampled_labels (int8 Tensor[B, R]), cls_losses
+            (Tensor[B, R])
+    """
+    storage = get_event_storage()
+    if storage.iter % _LOG_PERIOD != 0:
+        return
+    statistics = {
+        label: group_sums(mask, scale_idxs, len(scales)).mean(dim=0)
+        for label, mask in {
+            "pos_matched": match_labels == 1,
+            "neg_matched": match_labels == 0,
+            "pos_sampled": sampled_labels == 1,
+            "neg_sampled": sampled_labels == 0,
+        }.items()
+    }
+    drawn = sampled_labels >= 0
+    weights = group_mean_weights(drawn, scale_idxs, len(scales))
+    loss = torch.where(drawn, cls_losses.detach(), 0) * weights
+    statistics["loss_cls"] = group_sums(loss, scale_idxs, len(scales)).mean(dim=0)
+    values = torch.stack(list(statistics.values())).tolist()
+    for label, row in zip(statistics, values, strict=True):
+        for scale, value in zip(scales, row, strict=True):
+            storage.put_scalar(f"{name}/{label}@{scale:g}", value, smoothing_hint=False)

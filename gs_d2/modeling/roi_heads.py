@@ -1,0 +1,261 @@
+"""The second stage of Grouped Fast R-CNN (paper, section 4.2): proposals grouped by reference scale.
+
+Shape shorthand: B images, R proposals of an image (filled up to the most of any), G groups, K classes, S rows:
+proposals of all images that the head looks at.
+"""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY, build_box_head
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from gs_d2.modeling.criterion import GroupCriterion, log_group_statistics
+from gs_d2.modeling.matcher import TwoPassMatcher
+from gs_d2.modeling.nms import prune_overlapping
+from gs_d2.modeling.sampling import GroupSampler, group_by_scale
+
+_ENSEMBLES = {
+    "arithmetic": lambda first, second: (first + second) / 2,
+    "geometric": lambda first, second: (first * second).sqrt(),
+    "none": lambda first, second: second.clone(),
+}
+
+
+@ROI_HEADS_REGISTRY.register()
+class GroupedROIHeads(nn.Module):
+    """Two-pass matching, group sampling by reference scale (eq. 4), the loss of eq. 2, and a score from both stages.
+
+    In place of Detectron2's ``StandardROIHeads``, whose names of parameters it keeps; one feature map, usually the
+    finest. Samplers that go by the loss score all proposals once without gradient, and train on those drawn.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_features: list[str],
+        box_pooler: ROIPooler,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
+        num_classes: int,
+        proposal_matcher: TwoPassMatcher,
+        sampler: GroupSampler,
+        criterion: GroupCriterion,
+        group_scales: list[float],
+        proposal_append_gt: bool = True,
+        ohem_nms_thresh: float = 1.0,
+        loss_weight: dict[str, float] | None = None,
+        score_ensemble: str = "arithmetic",
+        score_thresh_test: float = 0.0,
+    ):
+        """
+        Args:
+            in_features: names of the feature maps that boxes are pooled from.
+            box_pooler, box_head: as in Detectron2.
+            box_predictor: gives logits [S, K + 1], background last, and deltas [S, 4] or [S, 4 K].
+            num_classes: K.
+            proposal_matcher, sampler: which proposals are positive and negative, and which of them are trained on.
+            criterion: what those cost.
+            group_scales: reference scales, in pixels; statistics are kept by them even where the sampler has a single
+                group.
+            proposal_append_gt: in training also propose the ground truth.
+            ohem_nms_thresh: as :class:`GroupSamplingRPN`, on the proposals.
+            loss_weight: factors of "loss_cls" and "loss_box_reg"; None is 1 for both.
+            score_ensemble: "arithmetic" or "geometric" mean of the scores of both stages, or "none": the second's.
+            score_thresh_test: probability below which a detection is dropped.
+        """
+        super().__init__()
+        if score_ensemble not in _ENSEMBLES:
+            raise ValueError(f"SCORE_ENSEMBLE must be one of {', '.join(_ENSEMBLES)}, got {score_ensemble!r}")
+        if not 0 < ohem_nms_thresh <= 1:
+            raise ValueError(f"OHEM_NMS_THRESH must be in (0, 1], got {ohem_nms_thresh}")
+        self.in_features = in_features
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.box_predictor = box_predictor
+        self.num_classes = num_classes
+        self.proposal_matcher = proposal_matcher
+        self.sampler = sampler
+        self.criterion = criterion
+        self.group_scales = list(group_scales)
+        self.proposal_append_gt = proposal_append_gt
+        self.ohem_nms_thresh = ohem_nms_thresh
+        self.loss_weight = loss_weight or {}
+        self.score_ensemble = score_ensemble
+        self.score_thresh_test = score_thresh_test
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        heads, head, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.GS.ROI
+        shapes = [input_shape[name] for name in heads.IN_FEATURES]
+        resolution = head.POOLER_RESOLUTION
+        box_head = build_box_head(cfg, ShapeSpec(channels=shapes[0].channels, height=resolution, width=resolution))
+        box2box_transform = Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS)
+        return {
+            "in_features": heads.IN_FEATURES,
+            "box_pooler": ROIPooler(
+                output_size=resolution,
+                scales=[1.0 / shape.stride for shape in shapes],
+                sampling_ratio=head.POOLER_SAMPLING_RATIO,
+                pooler_type=head.POOLER_TYPE,
+            ),
+            "box_head": box_head,
+            "box_predictor": FastRCNNOutputLayers(
+                box_head.output_shape,
+                box2box_transform=box2box_transform,
+                num_classes=heads.NUM_CLASSES,
+                cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
+            ),
+            "num_classes": heads.NUM_CLASSES,
+            "proposal_matcher": TwoPassMatcher(heads.IOU_THRESHOLDS, second_pass=cfg.MODEL.GS.SECOND_PASS),
+            "sampler": GroupSampler(
+                len(gs.GROUP_SCALES) if gs.GROUP_SAMPLING else 1,
+                heads.BATCH_SIZE_PER_IMAGE,
+                heads.POSITIVE_FRACTION,
+                gs.SAMPLER,
+            ),
+            "criterion": GroupCriterion(
+                box2box_transform,
+                cls_loss_type=gs.CLS_LOSS_TYPE,
+                focal_alpha=cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
+                focal_gamma=cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
+                box_reg_loss_type=head.BBOX_REG_LOSS_TYPE,
+                smooth_l1_beta=head.SMOOTH_L1_BETA,
+            ),
+            "group_scales": list(gs.GROUP_SCALES),
+            "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
+            "ohem_nms_thresh": cfg.MODEL.GS.OHEM_NMS_THRESH,
+            "loss_weight": {"loss_box_reg": head.BBOX_REG_LOSS_WEIGHT},
+            "score_ensemble": gs.SCORE_ENSEMBLE,
+            "score_thresh_test": cfg.TEST.GS.SCORE_THRESH,
+        }
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+        ignore_boxes: list[Boxes] | None = None,
+    ):
+        """
+        Args:
+            images: B images; not used.
+            features: feature maps by name.
+            proposals: for each image `proposal_boxes`; at test also `objectness_logits`, and any other fields, which
+                detections keep.
+            targets: with `gt_boxes` and `gt_classes`; needed in training.
+            ignore_boxes: regions of each image in which no proposal is a negative; None for none.
+
+        Returns:
+            detections (list[Instances]): at test, before NMS, with `pred_boxes` (clipped), `scores`, `pred_classes`, in
+                the proposals' order; empty list in training.
+            losses (dict): "loss_cls" and "loss_box_reg" in training, else empty.
+        """
+        maps = [features[name] for name in self.in_features]
+        if self.training:
+            assert targets is not None, "GroupedROIHeads needs targets in training"
+            return [], self.losses(maps, [x.proposal_boxes for x in proposals], targets, ignore_boxes)
+        return self.detect(maps, proposals), {}
+
+    def losses(self, maps: list[Tensor], proposals: list[Boxes], targets: list[Instances], ignore_boxes=None) -> dict:
+        """Eq. 2 over groups of proposals; arguments as :meth:`forward`."""
+        gt_boxes = [x.gt_boxes for x in targets]
+        if self.proposal_append_gt:
+            proposals = [Boxes.cat([x, gts]) for x, gts in zip(proposals, gt_boxes, strict=True)]
+        boxes = nn.utils.rnn.pad_sequence([x.tensor for x in proposals], batch_first=True)  # [B, R, 4]
+        num_images, num_boxes = boxes.shape[:2]
+        match_labels, matched_gt_idxs, all_gt_boxes = self.proposal_matcher.match_images(boxes, gt_boxes, ignore_boxes)
+        counts = torch.tensor([len(x) for x in proposals], device=boxes.device)
+        match_labels[torch.arange(num_boxes, device=boxes.device) >= counts[:, None]] = -1  # what only fills up
+        gt_classes = F.pad(torch.cat([x.gt_classes for x in targets]), (0, 1), value=self.num_classes)
+        classes = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)
+        scale_idxs = group_by_scale((boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).sqrt(), self.group_scales)
+        num_groups = self.sampler.num_groups
+        group_idxs = scale_idxs if num_groups > 1 else torch.zeros_like(scale_idxs)
+
+        def cross_entropy(rows):
+            logits, deltas = self._predict(maps, boxes, rows)
+            return F.cross_entropy(logits, classes.flatten()[rows], reduction="none"), deltas
+
+        candidates, cls_losses = match_labels, boxes.new_zeros(num_images, num_boxes)
+        if self.sampler.needs_losses:
+            labelled = torch.nonzero(match_labels.flatten() >= 0)[:, 0]
+            with torch.no_grad():
+                cls_losses.view(-1)[labelled], _ = cross_entropy(labelled)
+            if self.ohem_nms_thresh < 1 and self.sampler.method == "ohem":
+                candidates = prune_overlapping(
+                    match_labels, group_idxs, num_groups, boxes, cls_losses, self.ohem_nms_thresh,
+                    self.sampler.num_per_group,
+                )  # fmt: skip
+        sampled_labels = self.sampler(candidates, group_idxs, cls_losses)
+
+        rows = torch.nonzero(sampled_labels.flatten() >= 0)[:, 0]
+        drawn_losses, deltas = cross_entropy(rows)
+        cls_losses.view(-1)[rows] = drawn_losses.detach()
+        log_group_statistics("roi_groups", self.group_scales, scale_idxs, match_labels, sampled_labels, cls_losses)
+
+        # Groups of all images, numbered through.
+        drawn_groups = group_idxs.flatten()[rows] + rows // num_boxes * num_groups
+        drawn_labels = sampled_labels.flatten()[rows]
+        groups = {"num_groups": num_images * num_groups, "num_images": num_images}
+        losses = {
+            "loss_cls": self.criterion.classification(drawn_losses, drawn_labels, drawn_groups, **groups),
+            "loss_box_reg": self.criterion.box_regression(
+                self._of_class(deltas, classes.flatten()[rows]),
+                boxes.view(-1, 4)[rows],
+                all_gt_boxes[matched_gt_idxs.flatten()[rows]],
+                drawn_labels == 1,
+                drawn_groups,
+                **groups,
+            ),
+        }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def detect(self, maps: list[Tensor], proposals: list[Instances]) -> list[Instances]:
+        """Scores and refines proposals; see :meth:`forward`."""
+        boxes = nn.utils.rnn.pad_sequence([x.proposal_boxes.tensor for x in proposals], batch_first=True)
+        num_boxes = boxes.shape[1]
+        rows = torch.cat([torch.arange(len(x), device=boxes.device) + i * num_boxes for i, x in enumerate(proposals)])
+        logits, deltas = self._predict(maps, boxes, rows)
+        second = logits.softmax(dim=1)[:, :-1]
+        refined = self.criterion.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
+        lengths = [len(x) for x in proposals]
+        results = []
+        for x, scores, decoded in zip(proposals, second.split(lengths), refined.split(lengths), strict=True):
+            scores = _ENSEMBLES[self.score_ensemble](x.objectness_logits.float().sigmoid()[:, None], scores)
+            finite = torch.isfinite(decoded).all(dim=1, keepdim=True) & torch.isfinite(scores)
+            kept, classes = torch.nonzero(finite & (scores >= self.score_thresh_test)).unbind(dim=1)
+            detections = x[kept]
+            fields = detections.get_fields()
+            fields.pop("proposal_boxes"), fields.pop("objectness_logits")
+            boxes = Boxes(self._of_class(decoded[kept], classes))
+            boxes.clip(x.image_size)
+            detections = Instances(
+                x.image_size, pred_boxes=boxes, scores=scores[kept, classes], pred_classes=classes, **fields
+            )
+            results.append(detections[boxes.nonempty()])
+        return results
+
+    def _predict(self, maps: list[Tensor], boxes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [S, K + 1] and deltas [S, 4] or [S, 4 K] of rows of boxes [B * R, 4], float32; rows must ascend."""
+        num_boxes = boxes.shape[1]
+        counts = torch.bincount(rows // max(num_boxes, 1), minlength=len(boxes)).tolist()
+        pooled = self.box_pooler(maps, [Boxes(x) for x in boxes.view(-1, 4)[rows].split(counts)])
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        return logits.float(), deltas.float()
+
+    def _of_class(self, values: Tensor, classes: Tensor) -> Tensor:
+        """Of [S, 4 K] the four of each row's class (the first for background); [S, 4] as it is."""
+        if values.shape[1] == 4:
+            return values
+        return values.view(len(values), -1, 4)[
+            torch.arange(len(values), device=values.device), classes % self.num_classes
+        ]
