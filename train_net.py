@@ -80,13 +80,19 @@ def test_setting(cfg):
         pyramid = {"flip": gs.FLIP, "box voting": gs.BOX_VOTING, "level box size": list(gs.LEVEL_BOX_SIZE) or "all"}
     elif cfg.INPUT.MIN_SIZE_TEST > 0:
         size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
+    rpn = cfg.MODEL.RPN
+    before_nms, nms_thresh, kept = rpn.PRE_NMS_TOPK_TEST, rpn.NMS_THRESH, rpn.POST_NMS_TOPK_TEST
+    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":  # its RPN's NMS is of proposals
+        per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
+        before_nms = f"{kept} proposals" + (f", {per_scale} per reference scale" if per_scale else "")
+        nms_thresh, kept = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
     return {
         "test size": size,
         **pyramid,
         "score threshold": gs.SCORE_THRESH,
-        "boxes before NMS" + (" per level" if gs.PYRAMID else ""): cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
-        "NMS IoU": cfg.MODEL.RPN.NMS_THRESH,
-        "boxes per image": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+        "boxes before NMS" + (" per level" if gs.PYRAMID else ""): before_nms,
+        "NMS IoU": nms_thresh,
+        "boxes per image": min(kept, cfg.TEST.DETECTIONS_PER_IMAGE),
     }
 
 

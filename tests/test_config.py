@@ -292,6 +292,12 @@ def train_and_detect(settings: str):
     assert set(found.group_scales.tolist()) <= {float(size) for row in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in row}
 
 
+def test_every_row_is_in_the_table():
+    text = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    rows = [name for name in YAML_FILES if not Path(name).name.startswith("Base-")]
+    assert [name for name in rows if f"`{name}`" not in text and f"`{Path(name).name}`" not in text] == []
+
+
 def test_config_nodes_are_detectron2s():
     """Other tools (visualisers, exporters) merge and dump the config as any of Detectron2's."""
     cfg = default_cfg()
