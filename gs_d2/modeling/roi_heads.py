@@ -31,8 +31,9 @@ _ENSEMBLES = {
 class GroupedROIHeads(nn.Module):
     """Two-pass matching, group sampling by reference scale (eq. 4), the loss of eq. 2, and a score from both stages.
 
-    In place of Detectron2's ``StandardROIHeads``, whose names of parameters it keeps; one feature map, usually the
-    finest. Samplers that go by the loss score all proposals once without gradient, and train on those drawn.
+    The second stage of :class:`GroupedFastRCNN`, which applies NMS. Parameters are named as those of Detectron2's
+    ``StandardROIHeads``. Samplers that go by the loss score all proposals once without gradient, and train on those
+    drawn.
     """
 
     @configurable
