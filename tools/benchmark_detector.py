@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Times a training step and inference of FPN-finest-sampling against Detectron2's own network, interleaved in one run.
 
-Both have a ResNet-50 of random weights, the four square anchor scales 16..128 on P2 at stride 4, and one 800 x 800 image
-with 100 faces; at test 50,000 boxes go into an NMS at 0.5, of which 2,000 are kept. Detectron2's is its ProposalNetwork
-with FPN, whose label step draws as many samples in all (8,192). Ours is timed in float32, with channels-last convolutions
-(MODEL.GS.CHANNELS_LAST), and with those in bfloat16 (MODEL.GS.AUTOCAST_DTYPE). A training step is forward, backward and
-SGD's update; Detectron2's also makes proposals then, as it always does. A second table gives the parts.
+Both have a ResNet-50 of random weights, the four square anchor scales 16..128 on P2 at stride 4, and one image of 800 x
+800 with 100 faces; at test 50,000 boxes go into an NMS at 0.5, of which 2,000 are kept. Detectron2's is its
+ProposalNetwork with FPN, whose label step draws as many samples in all (8,192). Ours is timed in float32, with
+channels-last convolutions (MODEL.GS.CHANNELS_LAST), and with those in bfloat16 (MODEL.GS.AUTOCAST_DTYPE). A training
+step is forward, backward and SGD's update; Detectron2's also makes proposals then, as it always does. A second table
+gives the parts.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from profile_step import Stopwatch, load, parts_of, random_input, random_model, train_step
 from tabulate import tabulate
+from tqdm import tqdm
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "wider" / "fpn_finest_sampling.yaml"
 STOCK = "Detectron2"
@@ -34,6 +36,7 @@ OURS = {
     "gs_d2, channels-last": ["MODEL.GS.CHANNELS_LAST", True],
     "gs_d2, channels-last, bfloat16": ["MODEL.GS.CHANNELS_LAST", True, "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"],
 }
+QUICK = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 LEARNING_RATE = 1e-6  # random weights stay where they are
 PART_COLUMNS = ("backbone", "head", "labelling", "losses", "backward", "optimizer", "proposals", "other")
 
@@ -43,14 +46,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", default="output/bench", help="folder for detector.json and detector.md")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="of each entry, after one call that is not timed")
-    parser.add_argument("--quick", action="store_true", help="a small image, once, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a ResNet-18 on a small image, once, to see that it runs")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cpu" and not args.quick:
         torch.set_num_threads(os.cpu_count())
     size, num_faces, repeats = ((128, 128), 10, 1) if args.quick else ((800, 800), 100, args.repeats)
 
-    calls, parts = entries(args.device, random_input(size, num_faces))
+    calls, parts = entries(args.device, random_input(size, num_faces), QUICK if args.quick else [])
     with EventStorage():
         results = measure(calls, device, repeats)
         shares = {name: measure_parts(calls[name], parts[name], device, repeats) for name in calls}
@@ -75,12 +78,12 @@ def main(argv: list[str] | None = None):
 # What is timed. An entry is "<what>: <who>"; ratios are within a what, against Detectron2's.
 
 
-def entries(device, inputs):
+def entries(device, inputs, opts):
     """By name the calls, each of which takes a Stopwatch, and the methods that their parts are."""
     calls, parts = {}, {}
-    configs = {STOCK: stock_config(device)}
-    configs |= {who: load(CONFIG, ["MODEL.DEVICE", device, *opts]) for who, opts in OURS.items()}
+    configs = {STOCK: stock_config()} | {who: load(CONFIG, settings) for who, settings in OURS.items()}
     for who, cfg in configs.items():
+        cfg.merge_from_list(["MODEL.DEVICE", device, *opts])
         cfg.SOLVER.BASE_LR = LEARNING_RATE
         model = random_model(cfg)
         calls[f"training step: {who}"] = functools.partial(train, model, build_optimizer(cfg, model), inputs)
@@ -89,9 +92,8 @@ def entries(device, inputs):
     return calls, parts
 
 
-def stock_config(device):
+def stock_config():
     cfg = get_cfg()
-    cfg.MODEL.DEVICE = device
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
@@ -136,7 +138,7 @@ def infer(model, inputs, stopwatch):
 def measure(calls, device, repeats):
     times = {name: [] for name in calls}
     unread = Stopwatch("cpu")  # no waiting for a GPU within a call
-    for turn in range(1 + repeats):  # one of each in turn, so that a slow moment of the machine hits all alike
+    for turn in tqdm(range(1 + repeats), desc="turns", unit="turn"):  # one of each in turn, so that a slow moment of the machine hits all alike
         for name, call in calls.items():
             seconds = time_once(lambda call=call: call(unread), device)
             if turn > 0:

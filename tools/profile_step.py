@@ -22,10 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # benchmark_ops.py; gs_d2 if not installed
-
-import gs_d2.modeling  # isort: skip  (registers the models)
-from gs_d2.config import add_gs_config  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the tools beside this one
 
 from benchmark_ops import faces, machine
 from detectron2.config import get_cfg
@@ -36,6 +33,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
+import gs_d2.modeling
+from gs_d2.config import add_gs_config
 from gs_d2.data import FaceDatasetMapper
 from gs_d2.modeling import GroupSampler, GroupSamplingRPN, TwoPassMatcher
 
