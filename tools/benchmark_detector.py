@@ -6,7 +6,7 @@ Both have a ResNet-50 of random weights, the four square anchor scales 16..128 o
 ProposalNetwork with FPN, whose label step draws as many samples in all (8,192). Ours is timed in float32, with
 channels-last convolutions (MODEL.GS.CHANNELS_LAST), and with those in bfloat16 (MODEL.GS.AUTOCAST_DTYPE). A training
 step is forward, backward and SGD's update; Detectron2's also makes proposals then, as it always does. A second table
-gives the parts.
+gives the parts. CPU time is that of all threads, which other work on the machine changes less.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -138,14 +139,23 @@ def infer(model, inputs, stopwatch):
 def measure(calls, device, repeats):
     times = {name: [] for name in calls}
     unread = Stopwatch("cpu")  # no waiting for a GPU within a call
-    for turn in tqdm(range(1 + repeats), desc="turns", unit="turn"):  # one of each in turn, so that a slow moment of the machine hits all alike
+    # One of each in turn, so that a slow moment of the machine hits all alike.
+    for turn in tqdm(range(1 + repeats), desc="turns", unit="turn"):
         for name, call in calls.items():
+            cpu_begin = time.process_time()
             seconds = time_once(lambda call=call: call(unread), device)
             if turn > 0:
-                times[name].append(1e3 * seconds)
+                times[name].append((1e3 * seconds, 1e3 * (time.process_time() - cpu_begin)))
+    return {name: summary(*zip(*pairs, strict=True)) for name, pairs in times.items()}
+
+
+def summary(wall, cpu):
     return {
-        name: {"median_ms": statistics.median(x), "min_ms": min(x), "max_ms": max(x), "repeats": len(x)}
-        for name, x in times.items()
+        "median_ms": statistics.median(wall),
+        "min_ms": min(wall),
+        "max_ms": max(wall),
+        "cpu_ms": statistics.median(cpu),
+        "repeats": len(wall),
     }
 
 
@@ -169,16 +179,16 @@ def report(record):
     for name in sorted(record["entries"], key=lambda name: name.startswith("inference")):
         what, who = name.split(": ", 1)
         entry, stock = record["entries"][name], record["entries"][f"{what}: {STOCK}"]
-        milliseconds = [f"{entry[key]:.0f}" for key in ("median_ms", "min_ms", "max_ms")]
-        ratio = "" if who == STOCK else f"{stock['median_ms'] / entry['median_ms']:.2f}x"
-        times.append([what, who, *milliseconds, ratio])
+        milliseconds = [f"{entry[key]:.0f}" for key in ("median_ms", "min_ms", "max_ms", "cpu_ms")]
+        ratios = [f"{stock[key] / entry[key]:.2f}x" if who != STOCK else "" for key in ("median_ms", "cpu_ms")]
+        times.append([what, who, *milliseconds, *ratios])
         parts.append([what, who, *(f"{record['parts_ms'][name][part]:.1f}" for part in PART_COLUMNS)])
     info = record["machine"]
     table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
     return (
         f"Measured {info['date']} on {info['device']}, {info['threads']} threads, torch {info['torch']}: "
         f"`{record['command']}`\n\n"
-        + table(times, ["what", "who", "median ms", "min", "max", "faster than Detectron2 by"])
+        + table(times, ["what", "who", "median ms", "min", "max", "CPU ms", "faster by", "by CPU time"])
         + '\n\nParts in ms ("labelling" is anchors, matching and sampling):\n\n'
         + table(parts, ["what", "who", *PART_COLUMNS])
         + "\n"
