@@ -21,8 +21,9 @@ test: $(VENV)/.built ## the test suite (a few minutes on two cores)
 test-slow: $(VENV)/.built ## the tests that take longer
 	$(PY) -m pytest -q -m slow
 
-bench: $(VENV)/.built ## the ops against Detectron2, torchvision and torch.compile, into output/bench (minutes)
+bench: $(VENV)/.built ## the ops and the detector against Detectron2, torchvision and torch.compile, into output/bench (minutes)
 	$(PY) tools/benchmark_ops.py
+	$(PY) tools/benchmark_detector.py
 
 cuda-check: $(VENV)/.installed ## compile the CUDA kernels for every architecture, with or without a GPU or a CUDA toolkit
 	$(PY) tools/cuda_check.py

@@ -42,7 +42,8 @@ def add_gs_config(cfg):
     # Convolutions in channels-last memory order: the same result up to rounding, faster on CPUs and with tensor cores.
     cfg.MODEL.GS.CHANNELS_LAST = False
     # "bfloat16" or "float16": convolutions run in it (torch.autocast), in training and at test; losses, decoding and
-    # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss.
+    # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss. What
+    # either of the two brings on a CPU: docs/benchmarks/2026-11-24-cpu-detector.md.
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
     # False: train even with Detectron2 defaults that break the method (see check_config).
     cfg.MODEL.GS.CHECK_DEFAULTS = True

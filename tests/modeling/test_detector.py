@@ -125,3 +125,30 @@ def test_config_builds_the_same_classes():
     assert model.proposal_generator.sampler.num_groups == 4
     cfg.MODEL.GS.GROUP_SAMPLING = False
     assert build_model(cfg).proposal_generator.sampler.num_groups == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "tolerance"), [("CHANNELS_LAST", True, 1e-4), ("AUTOCAST_DTYPE", "bfloat16", 0.05)]
+)
+def test_faster_convolutions_predict_the_same(key, value, tolerance):
+    def predict(settings):
+        cfg = get_cfg()
+        add_gs_config(cfg)
+        cfg.merge_from_file("configs/quick/demo.yaml")
+        cfg.merge_from_list(settings)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        images = model.preprocess_image(batch())
+        with model._autocast():
+            return model.proposal_generator._predict(model.backbone(images.tensor)), model
+
+    plain, _ = predict(["MODEL.GS.CHANNELS_LAST", False, "MODEL.GS.AUTOCAST_DTYPE", ""])
+    fast, model = predict([f"MODEL.GS.{key}", value])
+    for expected, found in zip(plain, fast, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    with EventStorage():
+        losses = model(batch())
+    sum(losses.values()).backward()
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert all(torch.isfinite(x.grad).all() for x in model.parameters() if x.requires_grad)

@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""Times a training step and inference of FPN-finest-sampling against Detectron2's own network, interleaved in one run.
+
+Both have a ResNet-50 of random weights, the four square anchor scales 16..128 on P2 at stride 4, and one image of 800 x
+800 with 100 faces; at test 50,000 boxes go into an NMS at 0.5, of which 2,000 are kept. Detectron2's is its
+ProposalNetwork with FPN, whose label step draws as many samples in all (8,192). Ours is timed in float32 without
+and with channels-last convolutions (MODEL.GS.CHANNELS_LAST), and with those in bfloat16 (MODEL.GS.AUTOCAST_DTYPE). A training
+step is forward, backward and SGD's update; Detectron2's also makes proposals then, as it always does. A second table
+gives the parts. CPU time is that of all threads, which other work on the machine changes less.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the tools beside this one
+
+from benchmark_ops import machine, time_once
+from detectron2.config import get_cfg
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
+from profile_step import Stopwatch, load, parts_of, random_input, random_model, train_step
+from tabulate import tabulate
+from tqdm import tqdm
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "wider" / "fpn_finest_sampling.yaml"
+STOCK = "Detectron2"
+OURS = {
+    "gs_d2, contiguous": ["MODEL.GS.CHANNELS_LAST", False],
+    "gs_d2, channels-last": ["MODEL.GS.CHANNELS_LAST", True],
+    "gs_d2, channels-last, bfloat16": ["MODEL.GS.CHANNELS_LAST", True, "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"],
+}
+QUICK = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+LEARNING_RATE = 1e-6  # random weights stay where they are
+PART_COLUMNS = ("backbone", "head", "labelling", "losses", "backward", "optimizer", "proposals", "other")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="output/bench", help="folder for detector.json and detector.md")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="of each entry, after one call that is not timed")
+    parser.add_argument("--quick", action="store_true", help="a ResNet-18 on a small image, once, to see that it runs")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cpu" and not args.quick:
+        torch.set_num_threads(os.cpu_count())
+    size, num_faces, repeats = ((128, 128), 10, 1) if args.quick else ((800, 800), 100, args.repeats)
+
+    calls, parts = entries(args.device, random_input(size, num_faces), QUICK if args.quick else [])
+    with EventStorage():
+        results = measure(calls, device, repeats)
+        shares = {name: measure_parts(calls[name], parts[name], device, repeats) for name in calls}
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "machine": machine(device),
+        "command": " ".join(["tools/benchmark_detector.py", *(sys.argv[1:] if argv is None else argv)]),
+        "size": size,
+        "num_faces": num_faces,
+        "entries": results,
+        "parts_ms": shares,
+    }
+    (output / "detector.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = report(record)
+    (output / "detector.md").write_text(text)
+    print(text)
+    print(f"Written: {output}/detector.json, detector.md")
+
+
+# What is timed. An entry is "<what>: <who>"; ratios are within a what, against Detectron2's.
+
+
+def entries(device, inputs, opts):
+    """By name the calls, each of which takes a Stopwatch, and the methods that their parts are."""
+    calls, parts = {}, {}
+    configs = {STOCK: stock_config()} | {who: load(CONFIG, settings) for who, settings in OURS.items()}
+    for who, cfg in configs.items():
+        cfg.merge_from_list(["MODEL.DEVICE", device, *opts])
+        cfg.SOLVER.BASE_LR = LEARNING_RATE
+        model = random_model(cfg)
+        calls[f"training step: {who}"] = functools.partial(train, model, build_optimizer(cfg, model), inputs)
+        calls[f"inference: {who}"] = functools.partial(infer, model, inputs)
+        parts |= dict.fromkeys(list(calls)[-2:], (stock_parts_of if who == STOCK else parts_of)(model))
+    return calls, parts
+
+
+def stock_config():
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32, 64, 128]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
+    cfg.MODEL.RPN.IN_FEATURES = ["p2"]
+    cfg.MODEL.RPN.IOU_THRESHOLDS = [0.4, 0.6]
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 4 * 2048
+    cfg.MODEL.RPN.POSITIVE_FRACTION = 0.25
+    cfg.MODEL.RPN.NMS_THRESH = 0.5
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50000
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 2000
+    return cfg
+
+
+def stock_parts_of(model):
+    rpn = model.proposal_generator
+    return {
+        (model.backbone, "forward"): "backbone",
+        (rpn.rpn_head, "forward"): "head",
+        (rpn.anchor_generator, "forward"): "labelling",
+        (rpn, "label_and_sample_anchors"): "labelling",
+        (rpn, "losses"): "losses",
+        (rpn, "predict_proposals"): "proposals",
+    }
+
+
+def train(model, optimizer, inputs, stopwatch):
+    train_step(model.train(), optimizer, inputs, stopwatch)
+
+
+@torch.no_grad()
+def infer(model, inputs, stopwatch):
+    model.eval()(inputs)
+
+
+# Measuring
+
+
+def measure(calls, device, repeats):
+    times = {name: [] for name in calls}
+    unread = Stopwatch("cpu")  # no waiting for a GPU within a call
+    # One of each in turn, so that a slow moment of the machine hits all alike.
+    for turn in tqdm(range(1 + repeats), desc="turns", unit="turn"):
+        for name, call in calls.items():
+            cpu_begin = time.process_time()
+            seconds = time_once(lambda call=call: call(unread), device)
+            if turn > 0:
+                times[name].append((1e3 * seconds, 1e3 * (time.process_time() - cpu_begin)))
+    return {name: summary(*zip(*pairs, strict=True)) for name, pairs in times.items()}
+
+
+def summary(wall, cpu):
+    return {
+        "median_ms": statistics.median(wall),
+        "min_ms": min(wall),
+        "max_ms": max(wall),
+        "cpu_ms": statistics.median(cpu),
+        "repeats": len(wall),
+    }
+
+
+def measure_parts(call, parts, device, repeats):
+    """Median milliseconds of each part, on a GPU with a wait at each of its ends."""
+    runs = []
+    for _ in range(min(repeats, 3)):
+        stopwatch = Stopwatch(device)
+        with stopwatch.methods(parts), stopwatch.part("other"):
+            call(stopwatch)
+        stopwatch.seconds["labelling"] += stopwatch.seconds.pop("sampling", 0.0)
+        runs.append(stopwatch.seconds)
+    return {name: 1e3 * statistics.median(run[name] for run in runs) for name in PART_COLUMNS}
+
+
+# Reporting
+
+
+def report(record):
+    times, parts = [], []
+    for name in sorted(record["entries"], key=lambda name: name.startswith("inference")):
+        what, who = name.split(": ", 1)
+        entry, stock = record["entries"][name], record["entries"][f"{what}: {STOCK}"]
+        milliseconds = [f"{entry[key]:.0f}" for key in ("median_ms", "min_ms", "max_ms", "cpu_ms")]
+        ratios = [f"{stock[key] / entry[key]:.2f}x" if who != STOCK else "" for key in ("median_ms", "cpu_ms")]
+        times.append([what, who, *milliseconds, *ratios])
+        parts.append([what, who, *(f"{record['parts_ms'][name][part]:.1f}" for part in PART_COLUMNS)])
+    info = record["machine"]
+    table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
+    return (
+        f"Measured {info['date']} on {info['device']}, {info['threads']} threads, torch {info['torch']}: "
+        f"`{record['command']}`\n\n"
+        + table(times, ["what", "who", "median ms", "min", "max", "CPU ms", "faster by", "by CPU time"])
+        + '\n\nParts in ms ("labelling" is anchors, matching and sampling):\n\n'
+        + table(parts, ["what", "who", *PART_COLUMNS])
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
