@@ -87,7 +87,7 @@ class FaceDetector:
         image = as_rgb(image)
         pixels = convert_PIL_to_numpy(image, self.cfg.INPUT.FORMAT)
         pixels = self._resize.get_transform(pixels).apply_image(pixels)
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        pixels = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         (result,) = self._model([{"image": pixels, "height": image.height, "width": image.width}])
         faces = result["instances"].to("cpu")
         return faces.pred_boxes.tensor.float().numpy(), faces.scores.float().numpy()
@@ -148,7 +148,7 @@ def load_config(cfg: CfgNode | str | os.PathLike, opts=()) -> CfgNode:
 
 
 def _text(error: Exception) -> str:
-    return str(error.args[0]) if error.args else type(error).__name__  # str(KeyError) would put it in quotes
+    return str(error.args[0] if isinstance(error, KeyError) else error)  # a KeyError's own text is in quotes
 
 
 def _device(device, configured: str) -> str:
