@@ -43,7 +43,8 @@ def draw(image: Image.Image, boxes, colours, scores=None, crossed=None) -> Image
             canvas.line([x1, y2, x2, y1], fill=colour, width=width)
         if scores is not None and x2 - x1 >= _LABEL_WIDTH:
             size = min(max(10, round((x2 - x1) / 5)), 10 * limit)
-            canvas.text((x1 + width + 1, y1 + width), f"{scores[i]:.2f}", fill=colour, font=_font(size))
+            at = x1 + width + 1, y1 + width
+            canvas.text(at, f"{scores[i]:.2f}", colour, _font(size), stroke_width=1, stroke_fill=(0, 0, 0))
     return image
 
 
