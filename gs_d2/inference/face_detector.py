@@ -120,7 +120,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("pixels are floats, whose range is unknown: convert them to uint8")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
         values = np.asarray(image)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+        if image.mode != "I" or values.max() > 255:  # "I" is also what 8-bit values may come in
+            values = values >> 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -144,6 +144,12 @@ def test_modes(detector, tmp_path, mode):
     assert_same((boxes, scores), detector.detect(expected))
 
 
+def test_16_bits_that_are_dark_stay_dark():
+    dark = np.full((4, 4), 200, np.uint16)
+    assert np.asarray(as_rgb(Image.fromarray(dark))).max() == 0
+    assert np.asarray(as_rgb(Image.fromarray(dark.astype(np.int32)))).min() == 200  # 8-bit values in 32 bits
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_that_of_detectron2(tmp_path, orientation):
     exif = Image.Exif()
