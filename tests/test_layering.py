@@ -107,6 +107,26 @@ RULES = {
             "gs_d2.formats",
         ),
     ),
+    "face detector": Rule(  # puts the others together, for users
+        files=("gs_d2/inference/face_detector.py",),
+        may=(
+            "numpy",
+            "torch",
+            "yaml",
+            "PIL",
+            "detectron2.checkpoint.DetectionCheckpointer",
+            "detectron2.config",
+            "detectron2.data.detection_utils",
+            "detectron2.data.transforms",
+            "detectron2.modeling.build_model",
+            "detectron2.utils.file_io",
+            "gs_d2.config",
+            "gs_d2.inference",
+            "gs_d2.modeling",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
     "inference": Rule(
         files=("gs_d2/inference/*.py",),
         may=(
@@ -228,6 +248,13 @@ VIOLATIONS = [
     ("inference", "gs_d2/inference/x.py", "from gs_d2.modeling import RPNDetector", "gs_d2.modeling.RPNDetector"),
     ("inference", "gs_d2/inference/x.py", "from gs_d2.data import FaceDatasetMapper", "gs_d2.data.FaceDatasetMapper"),
     ("inference", "gs_d2/inference/x.py", "def forward(self, cfg):\n    pass", "cfg"),
+    (
+        "face detector",
+        "gs_d2/inference/face_detector.py",
+        "from gs_d2.data import FaceDatasetMapper",
+        "gs_d2.data.FaceDatasetMapper",
+    ),
+    ("face detector", "gs_d2/inference/face_detector.py", "from gs_d2 import visualization", "gs_d2.visualization"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),
     ("csrc/math", "csrc/math/x.h", "#include <torch/torch.h>", "<torch/torch.h>"),
     ("csrc/math", "csrc/math/x.h", "#  include <cuda_runtime.h>", "<cuda_runtime.h>"),
@@ -403,9 +430,9 @@ def test_every_rule_is_shown_to_bite_and_has_files(name):
 
 
 def test_the_project_does_not_depend_on_its_scripts():
-    """gs_d2 is installed without tools/, tests/ and train_net.py."""
-    scripts = {path.stem for folder in (".", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")}
-    scripts = (scripts | {"tools", "tests"}) - {"setup"}
+    """gs_d2 is installed without demo/, tools/, tests/ and train_net.py."""
+    scripts = {path.stem for folder in (".", "demo", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")}
+    scripts = (scripts | {"demo", "tools", "tests"}) - {"setup"}
     for path in source_files():
         if path.endswith(".py"):
             assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path

@@ -1,0 +1,262 @@
+"""demo/demo.py: every picture is drawn or named as failing, and no input is overwritten."""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from gs_d2.inference import FaceDetector
+from gs_d2.inference.face_detector import load_config
+from gs_d2.visualization import FACE, draw
+
+CONFIG = "configs/quick/demo.yaml"
+BOXES = np.array([[20.0, 10, 60, 55], [70, 30, 100, 64]], np.float32)
+SCORES = np.array([0.9, 0.6], np.float32)
+
+
+@pytest.fixture
+def demo(load_script, monkeypatch):
+    """The script; its detector finds two faces in every picture, and notes what it was made with."""
+    script = load_script("demo/demo.py")
+
+    class Detector:
+        def __init__(self, cfg, confidence_threshold):
+            made.append((cfg, confidence_threshold))
+
+        def detect(self, image):
+            return BOXES, SCORES
+
+    made = script.made = []
+    monkeypatch.setattr(script, "FaceDetector", Detector)
+    return script
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, mode in (("b.jpg", "L"), ("a.png", "RGBA"), ("c[1].jpg", "CMYK"), ("d.tif", "I;16")):
+        grey = np.full((80, 120), 90, np.uint8)
+        image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+        image.save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def run(demo, *arguments, opts=()):
+    return demo.main(["--config-file", CONFIG, *map(str, arguments), *(["--opts", *opts] if opts else [])])
+
+
+def is_drawn(path):
+    """Whether both boxes are on the picture."""
+    with Image.open(path) as image:
+        assert image.size == (120, 80)
+        pixels = np.asarray(image.convert("RGB"), dtype=int)
+    green = np.abs(pixels - FACE).max(axis=2) < 90
+    return green[20:50, 18:23].any(axis=1).all() and green[35:60, 68:73].any(axis=1).all()
+
+
+def test_a_folder(demo, pictures, tmp_path, capsys):
+    assert run(demo, "--input", pictures, "--output", tmp_path / "out") == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a.png", "b.jpg", "c[1].jpg", "d.png"]
+    assert all(is_drawn(tmp_path / "out" / name) for name in names)
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.strip()]
+    assert len(lines) == 4
+    for name, line in zip(sorted(os.listdir(pictures))[:4], lines, strict=True):
+        assert re.fullmatch(rf"\s*{re.escape(str(pictures / name))}: 2 faces in \d+\.\d\d s -> .*", line)
+    assert "4/4" in err  # the progress bar
+
+
+def test_globs_files_and_one_file(demo, pictures, tmp_path):
+    assert run(demo, "--input", pictures / "*.jpg", pictures / "a.png", "--output", tmp_path / "out") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.jpg", "c[1].jpg"]
+    # A file whose name looks like a pattern, and one output file in a new folder.
+    assert run(demo, "--input", pictures / "c[1].jpg", "--output", tmp_path / "new" / "one.png") == 0
+    assert is_drawn(tmp_path / "new" / "one.png")
+
+
+def test_equal_names_get_files_of_their_own(demo, pictures, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (120, 80)).save(other / "b.jpg")
+    assert run(demo, "--input", pictures / "b.jpg", other / "b.jpg", "--output", tmp_path / "out") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["b.jpg", "b_2.jpg"]
+
+
+def test_a_bad_picture_is_named_and_skipped(demo, pictures, tmp_path, capsys):
+    (pictures / "b.jpg").write_bytes(b"no picture")
+    assert run(demo, "--input", pictures, tmp_path / "none.jpg", "--output", tmp_path / "out") == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "c[1].jpg", "d.png"]
+    err = capsys.readouterr().err
+    assert f"demo: {pictures / 'b.jpg'}: cannot be read as an image" in err
+    assert f"demo: no such image: {tmp_path / 'none.jpg'}" in err
+    assert "2 of 5 pictures failed" in err
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "message"),
+    [
+        (["b.jpg"], "pictures", r"would overwrite the input .*b\.jpg"),
+        (["b.jpg"], "pictures/b.jpg", r"would overwrite the input .*b\.jpg"),
+        (["."], "out.jpg", "one file for 4 pictures: name a folder"),
+        (["b.jpg"], "out.txt", r"must end in \.bmp"),
+        (["*.gif"], "out", r"no pictures: .*\*\.gif"),
+        (["b.jpg"], None, "no screen to show pictures on: add --output"),
+    ],
+)
+def test_what_is_refused(demo, pictures, tmp_path, monkeypatch, inputs, output, message):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    outputs = [] if output is None else ["--output", tmp_path / output]
+    with pytest.raises(SystemExit, match=message):
+        run(demo, "--input", *(pictures / name for name in inputs), *outputs)
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+    assert not demo.made, "it is said before the model is built"
+
+
+def test_on_a_screen(demo, pictures, monkeypatch):
+    shown = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(demo.ImageShow, "show", lambda image: shown.append(image) or True)
+    assert run(demo, "--input", pictures / "b.jpg") == 0
+    assert [image.size for image in shown] == [(120, 80)]
+
+
+@pytest.mark.parametrize(
+    ("opts", "pyramid", "scales"),
+    [
+        ([], True, [0.25, 0.5, 1.0]),
+        (["TEST.GS.SCALES", "[0.5,2.0]"], True, [0.5, 2.0]),
+        (["TEST.GS.PYRAMID", "False"], False, None),
+        (["TEST.GS.PYRAMID", "True"], True, [0.25 * n for n in range(1, 9)]),
+        (["INPUT.MIN_SIZE_TEST", "300"], None, None),
+    ],
+)
+def test_scales(demo, pictures, tmp_path, opts, pyramid, scales):
+    """Several unless they are chosen; what contradicts them stays as given, for the detector to refuse."""
+    run(demo, "--input", pictures / "b.jpg", "--output", tmp_path, "--confidence-threshold", "0.3", opts=opts)
+    ((cfg, threshold),) = demo.made
+    assert threshold == 0.3
+    if pyramid is None:
+        assert cfg.INPUT.MIN_SIZE_TEST == 300
+        return
+    assert cfg.TEST.GS.PYRAMID == pyramid
+    assert scales is None or cfg.TEST.GS.SCALES == scales
+
+
+def test_a_config_with_a_pyramid_keeps_it(demo, pictures, tmp_path):
+    arguments = ["--config-file", "configs/wider_gs.yaml", "--input", pictures / "b.jpg", "--output", tmp_path]
+    assert demo.main([str(argument) for argument in arguments]) == 0
+    assert len(demo.made[0][0].TEST.GS.SCALES) == 8
+
+
+def test_videos_without_opencv(demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for source in (["--webcam"], ["--video-input", "x.mp4"]):
+        with pytest.raises(SystemExit, match=r"need OpenCV .*pip install opencv-python"):
+            run(demo, *source, "--output", tmp_path)
+
+
+def made_up_cv2(frames, written):
+    """OpenCV's interface, as far as the demo uses it: the video has these frames, and `written` gets the others."""
+    left = iter(frames)
+
+    class Writer:
+        def __init__(self, path, codec, rate, size):
+            written.append((path, rate, size))
+
+        def isOpened(self):
+            return True
+
+        def write(self, frame):
+            written.append(frame)
+
+        def release(self):
+            written.append("released")
+
+    def read():
+        frame = next(left, None)
+        return frame is not None, frame
+
+    video = SimpleNamespace(
+        isOpened=lambda: True, read=read, release=lambda: None, get=lambda what: {1: len(frames), 2: 24.0}[what]
+    )
+    return SimpleNamespace(
+        VideoCapture=lambda source: video,
+        VideoWriter=Writer,
+        VideoWriter_fourcc=lambda *letters: "".join(letters),
+        CAP_PROP_FRAME_COUNT=1,
+        CAP_PROP_FPS=2,
+    )
+
+
+def test_a_video(demo, tmp_path, monkeypatch, capsys):
+    blue = np.zeros((80, 120, 3), np.uint8)
+    blue[:, :, 0] = 200  # BGR
+    written = []
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([blue, blue, blue], written))
+    (tmp_path / "x.avi").touch()
+    assert run(demo, "--video-input", tmp_path / "x.avi", "--output", tmp_path / "out") == 0
+    (path, rate, size), *frames, end = written
+    assert (path, rate, size, end) == (str(tmp_path / "out" / "x.mp4"), 24.0, (120, 80), "released")
+    expected = np.asarray(draw(Image.new("RGB", (120, 80), (0, 0, 200)), BOXES, [FACE] * 2, SCORES))[:, :, ::-1]
+    assert len(frames) == 3 and all(np.array_equal(frame, expected) for frame in frames)
+    assert "6 faces in 3 frames" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([], written))
+    with pytest.raises(SystemExit, match="has no frame that can be read"):
+        run(demo, "--video-input", tmp_path / "x.avi", "--output", tmp_path / "out")
+
+
+def test_the_command_with_a_model(pictures, tmp_path):
+    """From a checkpoint to pictures, in a process of its own; a wrong checkpoint is one line."""
+    torch.manual_seed(0)
+    weights, out = tmp_path / "model.pth", tmp_path / "out"
+    torch.save(build_model(load_config(CONFIG)).state_dict(), weights)
+    (pictures / "bad.jpg").touch()
+    boxes, _ = FaceDetector(
+        CONFIG, weights, opts=("TEST.GS.PYRAMID", True, "TEST.GS.SCALES", [0.25, 0.5, 1.0]), confidence_threshold=0.4
+    ).detect(pictures / "b.jpg")
+
+    def command(*opts):
+        arguments = ["--config-file", CONFIG, "--input", pictures, "--output", out, "--confidence-threshold", "0.4"]
+        line = [sys.executable, "demo/demo.py", *map(str, arguments), "--opts", *map(str, opts)]
+        return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    result = command("MODEL.WEIGHTS", weights)
+    assert result.returncode == 1
+    assert f"{pictures / 'bad.jpg'}: cannot be read as an image" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir(out)) == ["a.png", "b.jpg", "c[1].jpg", "d.png"]
+    assert f"{pictures / 'b.jpg'}: {len(boxes)} faces in " in result.stdout and len(boxes) > 1
+    result = command("MODEL.WEIGHTS", tmp_path / "none.pth")
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("demo: no such weights: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_lines_and_scores_fit_their_boxes():
+    """A crowd's small boxes get thin lines and no scores, also on a large picture; a large box gets thick ones."""
+    grey = Image.new("RGB", (2000, 1500), (90, 90, 90))
+
+    def drawn(box, scores=None):
+        return np.asarray(draw(grey, [box], [FACE], scores), dtype=int)
+
+    def text_height(box):
+        return (drawn(box, [0.5]) != drawn(box)).any(axis=(1, 2)).sum()
+
+    small, middle, large = [100, 100, 120, 120], [100, 100, 150, 150], [100, 100, 1100, 1100]
+    assert (drawn(small) == FACE).all(axis=2).sum() == 4 * 20  # one pixel wide
+    assert (drawn(large) == FACE).all(axis=2)[500, 90:120].sum() == 5  # a 400th of the picture
+    assert text_height(small) == 0
+    assert 5 <= text_height(middle) < 15
+    assert text_height(large) >= 20  # high enough to be read at this size
