@@ -158,7 +158,8 @@ class GroupedROIHeads(nn.Module):
                 the proposals' order; empty list in training.
             losses (dict): "loss_cls" and "loss_box_reg" in training, else empty.
         """
-        maps = [features[name] for name in self.in_features]
+        # Detectron2's ROIAlign rounds boxes to the maps' type: in bfloat16 to steps of 8 pixels from 1024 pixels on.
+        maps = [features[name].float() for name in self.in_features]
         if self.training:
             assert targets is not None, "GroupedROIHeads needs targets in training"
             return [], self.losses(maps, [x.proposal_boxes for x in proposals], targets, ignore_boxes)
