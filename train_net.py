@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 import gs_d2.data
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
-from gs_d2.config import add_gs_config, check_config
+from gs_d2.config import add_gs_config, check_config, detection_limits
 from gs_d2.data import FaceDatasetMapper
 from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
 from gs_d2.inference import PyramidDetector
@@ -73,6 +73,7 @@ class Trainer(DefaultTrainer):
 def test_setting(cfg):
     """What a figure depends on besides the weights; printed beside it."""
     gs = cfg.TEST.GS
+    nms_thresh, max_detections = detection_limits(cfg)
     size = "original"
     pyramid = {}
     if gs.PYRAMID:
@@ -85,8 +86,8 @@ def test_setting(cfg):
         **pyramid,
         "score threshold": gs.SCORE_THRESH,
         "boxes before NMS" + (" per level" if gs.PYRAMID else ""): cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
-        "NMS IoU": cfg.MODEL.RPN.NMS_THRESH,
-        "boxes per image": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+        "NMS IoU": nms_thresh,
+        "boxes per image": max_detections,
     }
 
 
