@@ -30,7 +30,7 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.CLS_LOSS_TYPE = "softmax"
     # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
     cfg.MODEL.GS.SECOND_PASS = "best"
-    # A negative anchor of which at least this share lies in one ignore region is ignored; in (0, 1].
+    # A negative anchor (or proposal) of which at least this share lies in one ignore region is ignored; in (0, 1].
     cfg.MODEL.GS.IGNORE_THRESH = 0.5
     # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
     # sub-samples it. [] = every anchor at its map's own stride.

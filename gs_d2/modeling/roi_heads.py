@@ -113,7 +113,11 @@ class GroupedROIHeads(nn.Module):
                 cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
             ),
             "num_classes": heads.NUM_CLASSES,
-            "proposal_matcher": TwoPassMatcher(heads.IOU_THRESHOLDS, second_pass=cfg.MODEL.GS.SECOND_PASS),
+            "proposal_matcher": TwoPassMatcher(
+                heads.IOU_THRESHOLDS,
+                second_pass=cfg.MODEL.GS.SECOND_PASS,
+                ignore_thresh=cfg.MODEL.GS.IGNORE_THRESH,
+            ),
             "sampler": GroupSampler(
                 len(gs.GROUP_SCALES) if gs.GROUP_SAMPLING else 1,
                 heads.BATCH_SIZE_PER_IMAGE,

@@ -192,7 +192,10 @@ def test_the_callers_autocast(own, expected):
 
 def test_it_is_what_the_config_builds():
     cfg = quick_cfg()
+    cfg.MODEL.GS.IGNORE_THRESH, cfg.MODEL.GS.SECOND_PASS = 0.3, "all"
     model = build_model(cfg)
+    for matcher in (model.proposal_generator.anchor_matcher, model.roi_heads.proposal_matcher):
+        assert (matcher.ignore_thresh, matcher.second_pass) == (0.3, "all")
     assert type(model) is GroupedFastRCNN
     assert model.nms_thresh == 0.5 and model.proposal_generator.nms_thresh == 0.7
     assert model.proposal_generator.group_post_nms_topk == {True: 60, False: 100}
