@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 import gs_d2.data
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
-from gs_d2.config import add_gs_config, check_config
+from gs_d2.config import add_gs_config, check_config, detection_limits
 from gs_d2.data import FaceDatasetMapper
 from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
 from gs_d2.inference import PyramidDetector
@@ -73,6 +73,7 @@ class Trainer(DefaultTrainer):
 def test_setting(cfg):
     """What a figure depends on besides the weights; printed beside it."""
     gs = cfg.TEST.GS
+    nms_thresh, max_detections = detection_limits(cfg)
     size = "original"
     pyramid = {}
     if gs.PYRAMID:
@@ -80,19 +81,18 @@ def test_setting(cfg):
         pyramid = {"flip": gs.FLIP, "box voting": gs.BOX_VOTING, "level box size": list(gs.LEVEL_BOX_SIZE) or "all"}
     elif cfg.INPUT.MIN_SIZE_TEST > 0:
         size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
-    rpn = cfg.MODEL.RPN
-    before_nms, nms_thresh, kept = rpn.PRE_NMS_TOPK_TEST, rpn.NMS_THRESH, rpn.POST_NMS_TOPK_TEST
-    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":  # its RPN's NMS is of proposals
+    before_nms = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST
+    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":  # its RPN's own NMS is of proposals
         per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
-        before_nms = f"{kept} proposals" + (f", {per_scale} per reference scale" if per_scale else "")
-        nms_thresh, kept = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
+        before_nms = f"{cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals"
+        before_nms += f", {per_scale} per reference scale" if per_scale else ""
     return {
         "test size": size,
         **pyramid,
         "score threshold": gs.SCORE_THRESH,
         "boxes before NMS" + (" per level" if gs.PYRAMID else ""): before_nms,
         "NMS IoU": nms_thresh,
-        "boxes per image": min(kept, cfg.TEST.DETECTIONS_PER_IMAGE),
+        "boxes per image": max_detections,
     }
 
 

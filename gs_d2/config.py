@@ -30,7 +30,7 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.CLS_LOSS_TYPE = "softmax"
     # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
     cfg.MODEL.GS.SECOND_PASS = "best"
-    # A negative anchor of which at least this share lies in one ignore region is ignored; in (0, 1].
+    # A negative anchor (or proposal) of which at least this share lies in one ignore region is ignored; in (0, 1].
     cfg.MODEL.GS.IGNORE_THRESH = 0.5
     # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
     # sub-samples it. [] = every anchor at its map's own stride.
@@ -73,8 +73,9 @@ def add_gs_config(cfg):
     # Detections below this score (probability) are dropped. Above 0.05 it costs average precision.
     cfg.TEST.GS.SCORE_THRESH = 0.01
     # True: test on an image pyramid and merge its levels by one NMS (gs_d2.inference.PyramidDetector). Needs
-    # INPUT.MIN_SIZE_TEST 0. MODEL.RPN.PRE_NMS_TOPK_TEST boxes are kept of each level, and MODEL.RPN.NMS_THRESH and
-    # TEST.DETECTIONS_PER_IMAGE apply to all levels together. False: a single scale.
+    # INPUT.MIN_SIZE_TEST 0. MODEL.RPN.PRE_NMS_TOPK_TEST boxes are kept of each level, and MODEL.RPN.NMS_THRESH (with a
+    # second stage MODEL.ROI_HEADS.NMS_THRESH_TEST) and TEST.DETECTIONS_PER_IMAGE apply to all levels together. False: a
+    # single scale.
     cfg.TEST.GS.PYRAMID = False
     # Factors of the file's size, one level each.
     cfg.TEST.GS.SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
@@ -82,7 +83,8 @@ def add_gs_config(cfg):
     cfg.TEST.GS.MAX_SIZE = 3000
     # True: every level also mirrored.
     cfg.TEST.GS.FLIP = False
-    # True: a detection moves to the score-weighted mean of the boxes that overlap it by at least NMS_THRESH.
+    # True: a detection moves to the score-weighted mean of the boxes that overlap it by at least that
+    # threshold.
     cfg.TEST.GS.BOX_VOTING = False
     # [low, high]: of each level only boxes of sqrt(w * h) in this range, in pixels of the level, are kept; the largest
     # level has no lower and the smallest no upper limit, so that every face keeps a level. [] = all boxes.
@@ -107,6 +109,13 @@ _BREAKING_TWO_STAGE = [
     ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class"),
     ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5], "two-pass matching needs [low, high]; the paper uses [0.5, 0.6]"),
 ]
+
+
+def detection_limits(cfg) -> tuple[float, int]:
+    """IoU of the NMS that gives a model's detections, and the most of an image, from whichever keys its stages use."""
+    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":
+        return cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
+    return cfg.MODEL.RPN.NMS_THRESH, min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
 def check_pyramid(cfg):

@@ -123,6 +123,22 @@ def test_a_breaking_default_is_named(key, default):
     check_config(cfg)
 
 
+@pytest.mark.parametrize(
+    ("key", "default"), [("MODEL.ROI_HEADS.NUM_CLASSES", 80), ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5])]
+)
+def test_a_breaking_default_of_the_second_stage_is_named(key, default):
+    assert get(get_cfg(), key) == default, "Detectron2 has another default: does it still break the method?"
+    cfg = load("quick/two_stage.yaml")
+    assert cfg.MODEL.RPN.NMS_THRESH == 0.7, "Detectron2's default is what proposals take"
+    check_config(cfg)
+    cfg.merge_from_list([key, default])
+    with pytest.raises(ValueError, match=f"{key} is Detectron2's default ") as error:
+        check_config(cfg)
+    assert str(error.value).count("is Detectron2's default") == 1
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RPN.NMS_THRESH = "RPNDetector", 0.5
+    check_config(cfg)  # a single stage does not read it
+
+
 def test_all_breaking_defaults_are_named_at_once():
     with pytest.raises(ValueError) as error:
         check_config(default_cfg())
@@ -179,6 +195,55 @@ def test_a_wrong_value_builds_nothing(key, value, message):
     cfg.merge_from_list([key, value])
     with pytest.raises((ValueError, KeyError), match=message):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.GS.CLS_LOSS_TYPE", "sigmoid", "CLS_LOSS_TYPE must be one of softmax, focal, focal_normalized"),
+        ("MODEL.GS.ROI.CLS_LOSS_TYPE", "sigmoid", "CLS_LOSS_TYPE must be one of softmax, focal, focal_normalized"),
+        ("MODEL.GS.ROI.SAMPLER", "hard", "method must be one of random, wrs, ohem, none, got 'hard'"),
+        ("MODEL.GS.ROI.SCORE_ENSEMBLE", "max", "SCORE_ENSEMBLE must be one of arithmetic, geometric, none"),
+        ("MODEL.GS.OHEM_NMS_THRESH", 1.5, r"OHEM_NMS_THRESH must be in \(0, 1\], got 1.5"),
+        ("MODEL.GS.AUTOCAST_DTYPE", "half", "AUTOCAST_DTYPE must be bfloat16, float16 or empty, got 'half'"),
+        ("MODEL.GS.ROI.GROUP_SCALES", [], "GROUP_POST_NMS_TOPK needs the reference scales of proposals"),
+        ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.6, 0.5], r"thresholds must be \[low, high\] with 0 < low <= high <= 1"),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou", "BBOX_REG_LOSS_TYPE must be one of smooth_l1"),
+        ("MODEL.ROI_HEADS.NAME", "GroupedHeads", "GroupedHeads"),
+    ],
+)
+def test_a_wrong_value_builds_no_second_stage(key, value, message):
+    cfg = load("quick/two_stage.yaml")
+    cfg.merge_from_list([key, value])
+    with pytest.raises((ValueError, KeyError), match=message):
+        build_model(cfg)
+
+
+def changes(name, other) -> dict:
+    """Keys that the second of two files sets otherwise, and to what."""
+    first, second = dict(leaves(load(name))), dict(leaves(load(other)))
+    return {key: value for key, value in second.items() if value != first[key] and key != "OUTPUT_DIR"}
+
+
+def test_the_papers_final_model_is_fast_rcnn_with_group_sampling():
+    assert changes("wider/fast_rcnn_lsiou.yaml", "wider_gs.yaml") == {
+        "MODEL.GS.ROI.GROUP_SAMPLING": True,
+        "MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN": 500,
+        "MODEL.GS.GROUP_POST_NMS_TOPK_TEST": 1000,
+    }
+    cfg = load("wider_gs.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN" and cfg.MODEL.GS.GROUP_SAMPLING
+    assert cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE == cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "least_square_iou"
+    assert (cfg.MODEL.RPN.IOU_THRESHOLDS, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS) == ([0.4, 0.6], [0.5, 0.6])
+    assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p2"] and cfg.MODEL.GS.ROI.GROUP_SCALES == [16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("name", [n for n in YAML_FILES if n.startswith("wider/") and n.endswith("_sampling.yaml")])
+def test_sampling_is_what_its_name_adds(name):
+    baseline = name.replace("_sampling", "")
+    if baseline in YAML_FILES:
+        assert changes(baseline, name) == {"MODEL.GS.GROUP_SAMPLING": True}
+    assert load(name).MODEL.GS.GROUP_SAMPLING
 
 
 @pytest.mark.parametrize("name", [name for name in YAML_FILES if load(name).SOLVER.REFERENCE_WORLD_SIZE])

@@ -133,13 +133,14 @@ class PyramidDetector(nn.Module):
     def from_config(cls, cfg, model):
         check_pyramid(cfg)
         gs = cfg.TEST.GS
+        detector = model.module if isinstance(model, DistributedDataParallel) else model
         return {
             "model": model,
             "scales": list(gs.SCALES),
             "max_size": gs.MAX_SIZE,
             "flip": gs.FLIP,
             "topk_per_level": cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
-            "voting_thresh": cfg.MODEL.RPN.NMS_THRESH if gs.BOX_VOTING else None,
+            "voting_thresh": detector.nms_thresh if gs.BOX_VOTING else None,
             "level_box_size": list(gs.LEVEL_BOX_SIZE) or None,
         }
 

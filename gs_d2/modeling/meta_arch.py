@@ -20,7 +20,8 @@ class RPNDetector(nn.Module):
     Unlike Detectron2's ``ProposalNetwork`` it returns `instances`, so that evaluators, demo and visualisers work.
 
     Testing in several views of an image (:class:`gs_d2.inference.PyramidDetector`) uses `predict_candidates`,
-    `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so.
+    `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so (and
+    with `nms_thresh`, TEST.GS.BOX_VOTING too).
     """
 
     @configurable

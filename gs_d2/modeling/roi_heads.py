@@ -114,7 +114,11 @@ class GroupedROIHeads(nn.Module):
                 cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
             ),
             "num_classes": heads.NUM_CLASSES,
-            "proposal_matcher": TwoPassMatcher(heads.IOU_THRESHOLDS, second_pass=cfg.MODEL.GS.SECOND_PASS),
+            "proposal_matcher": TwoPassMatcher(
+                heads.IOU_THRESHOLDS,
+                second_pass=cfg.MODEL.GS.SECOND_PASS,
+                ignore_thresh=cfg.MODEL.GS.IGNORE_THRESH,
+            ),
             "sampler": GroupSampler(
                 len(gs.GROUP_SCALES) if gs.GROUP_SAMPLING else 1,
                 heads.BATCH_SIZE_PER_IMAGE,
@@ -159,7 +163,8 @@ class GroupedROIHeads(nn.Module):
                 the proposals' order; empty list in training.
             losses (dict): "loss_cls" and "loss_box_reg" in training, else empty.
         """
-        maps = [features[name] for name in self.in_features]
+        # Detectron2's ROIAlign rounds boxes to the maps' type: in bfloat16 to steps of 8 pixels from 1024 pixels on.
+        maps = [features[name].float() for name in self.in_features]
         if self.training:
             assert targets is not None, "GroupedROIHeads needs targets in training"
             return [], self.losses(maps, [x.proposal_boxes for x in proposals], targets, ignore_boxes)

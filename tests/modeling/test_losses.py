@@ -55,12 +55,22 @@ def test_gradient_numerically(loss):
 
 
 def test_gradient_at_iou_1():
-    """Zero for the least-square loss, not for -ln IoU: the reason the paper gives for it."""
+    """Zero for the least-square loss, and small beside it; -ln IoU pushes as hard as ever: the paper's reason."""
     g = boxes(10, 4).float()
-    for loss, is_zero in ((least_square_iou_loss, True), (iou_loss, False)):
-        p = (g.clone() + (0 if is_zero else 1e-4)).requires_grad_()
-        loss(p, g).sum().backward()
-        assert (p.grad == 0).all() == is_zero
+    width, height = (g[:, 2:] - g[:, :2]).unbind(dim=1)
+    p = g.clone().requires_grad_()
+    least_square_iou_loss(p, g).sum().backward()
+    assert (p.grad == 0).all()
+    for side in (1e-3, -1e-3):  # all corners outwards, then inwards
+        p = (g + side * torch.tensor([-1.0, -1, 1, 1])).requires_grad_()
+        least_square_iou_loss(p, g).sum().backward()
+        assert p.grad.abs().max() < 1e-3
+        p = p.detach().requires_grad_()
+        iou_loss(p, g).sum().backward()
+        # d(-ln IoU) / dx2 is 1 / w outside of the face, where the area grows, and -1 / w inside.
+        sign = 1 if side > 0 else -1
+        torch.testing.assert_close(p.grad[:, 2], sign / width, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(p.grad[:, 1], -sign / height, rtol=1e-2, atol=1e-4)
 
 
 def test_boxes_that_do_not_touch_are_finite():

@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torchvision.ops import nms
 
+from gs_d2 import ops
 from gs_d2.modeling import GroupSampler, GroupSamplingRPN, ScaleStrideAnchorGenerator, SoftmaxRPNHead, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
 from gs_d2.modeling.sampling import group_by_scale
@@ -161,10 +165,88 @@ def test_proposals():
         assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
         assert (scores[:-1] >= scores[1:]).all() and (scores.sigmoid() >= 0.3).all()
         assert set(proposal.anchor_scales.tolist()) <= set(map(float, SCALES))
-        from gs_d2 import ops
-
         ious = ops.box_iou(boxes, boxes)
         assert (ious.fill_diagonal_(0) <= 0.5).all()
+
+
+def crowded_candidates(num_large=60, seed=0):
+    """Large boxes of high scores, overlapping one another, and small ones of low scores."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(num_large, 2, generator=generator) * 300
+    large = torch.cat([corner, corner + 60 + 60 * torch.rand(num_large, 2, generator=generator)], dim=1)
+    corner = torch.rand(40, 2, generator=generator) * 400
+    small = torch.cat([corner, corner + 12 + 20 * torch.rand(40, 2, generator=generator)], dim=1)
+    boxes = torch.cat([large, small])
+    scores = torch.cat([5 + torch.rand(num_large, generator=generator), torch.rand(40, generator=generator)])
+    scores, order = scores.sort(descending=True)
+    return Instances((500, 500), proposal_boxes=Boxes(boxes[order]), objectness_logits=scores, anchor_scales=scores)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("limit", [8, 1000])
+def test_proposals_of_each_reference_scale(training, limit):
+    """NMS over all, then the first K of each group of eq. 4; the limit of all after that."""
+    counts = {True: 3, False: 5}
+    rpn = build(
+        group_post_nms_topk=(counts[True], counts[False]), proposal_scales=SCALES, post_nms_topk=(limit, limit)
+    ).train(training)
+    candidates = crowded_candidates()
+    found = rpn._select(candidates)
+    kept = nms(candidates.proposal_boxes.tensor, candidates.objectness_logits, 0.5)
+    taken, expected = [0] * len(SCALES), []
+    for i in kept.tolist():
+        scale = candidates.proposal_boxes[i].area().sqrt().item()
+        group = min(range(len(SCALES)), key=lambda s: abs(math.log2(scale / SCALES[s])))
+        if taken[group] < counts[training]:
+            taken[group] += 1
+            expected.append(i)
+    assert 8 < len(expected) < len(kept) < len(candidates)
+    expected = expected[:limit]
+    assert torch.equal(found.proposal_boxes.tensor, candidates.proposal_boxes.tensor[expected])
+    assert torch.equal(found.objectness_logits, candidates.objectness_logits[expected])
+
+
+def test_small_proposals_survive_large_ones_of_higher_scores():
+    candidates = crowded_candidates(num_large=200)
+
+    def num_small(**arguments):
+        found = build(post_nms_topk=(16, 16), **arguments)._select(candidates)
+        assert len(found) <= 16
+        return int((found.proposal_boxes.area().sqrt() < 32).sum())
+
+    assert num_small() == 0
+    assert num_small(group_post_nms_topk=(4, 4), proposal_scales=SCALES) >= 4
+
+
+def test_counts_by_reference_scale_need_the_scales():
+    with pytest.raises(ValueError, match="GROUP_POST_NMS_TOPK needs the reference scales"):
+        build(group_post_nms_topk=(0, 5))
+
+
+def test_ohem_prunes_overlapping_anchors():
+    """Only the one of highest loss of overlapping predictions of a group and label is drawn."""
+    images, features, instances = inputs(num_images=1)
+    drawn = {}
+    for thresh in (1.0, 0.4):
+        rpn = build(sampler=GroupSampler(4, 10**4, 1.0, method="ohem"), ohem_nms_thresh=thresh)
+        seen = []
+        draw, rpn.sampler = rpn.sampler, lambda *a: seen.append(draw(*a)) or seen[-1]  # noqa: B023
+        for name in ("method", "num_groups", "num_per_group", "max_positives"):
+            setattr(rpn.sampler, name, getattr(draw, name))
+        with EventStorage():
+            rpn(images, features, instances, with_proposals=False)
+        drawn[thresh] = seen[0][0]
+    anchors, _, deltas = rpn._predict(features)
+    boxes = TRANSFORM.apply_deltas(deltas[0].detach(), anchors)
+    scale_idxs, _ = rpn.group_anchors(anchors)
+    assert ((drawn[0.4] == -1) | (drawn[0.4] == drawn[1.0])).all()
+    for group in range(4):
+        for label in (0, 1):
+            rows = torch.nonzero((drawn[0.4] == label) & (scale_idxs == group))[:, 0]
+            before = ((drawn[1.0] == label) & (scale_idxs == group)).sum()
+            assert (before > 0) == (len(rows) > 0) and len(rows) <= before
+            assert (ops.box_iou(boxes[rows], boxes[rows]).fill_diagonal_(0) <= 0.4).all()
+    assert (drawn[0.4] >= 0).sum() < 0.5 * (drawn[1.0] >= 0).sum()
 
 
 def test_proposals_drop_what_is_not_finite():

@@ -3,7 +3,7 @@ import torch
 
 from gs_d2.data import load_wider_face
 from gs_d2.modeling import GroupSampler, ScaleStrideAnchorGenerator, TwoPassMatcher
-from gs_d2.modeling.sampling import group_by_scale
+from gs_d2.modeling.sampling import first_of_each_group, group_by_scale
 
 SCALES = [16, 32, 64, 128]
 
@@ -17,6 +17,37 @@ def test_group_by_scale_is_eq_4():
 def test_errors():
     with pytest.raises(ValueError, match="method must be one of random, wrs, ohem, none, got 'focal'"):
         GroupSampler(4, 256, method="focal")
+
+
+def test_none_draws_all_that_is_labelled():
+    labels = torch.tensor([[1, 0, -1, 0, 1], [0, 0, 0, -1, -1]], dtype=torch.int8)
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    sampler = GroupSampler(2, 1, method="none")
+    assert torch.equal(sampler(labels, groups, torch.rand(2, 5)), labels)
+    assert sampler.max_positives is None and not sampler.needs_losses
+    pos, neg = sampler.subsample_labels(torch.tensor([1, 3, -1, 0]), groups[:4], bg_label=3)
+    assert (pos.tolist(), neg.tolist()) == ([0, 3], [1])
+
+
+@pytest.mark.parametrize(("method", "needs_losses"), [("random", False), ("wrs", True), ("ohem", True)])
+def test_what_a_sampler_says_of_itself(method, needs_losses):
+    sampler = GroupSampler(4, 10, positive_fraction=0.25, method=method)
+    assert (sampler.max_positives, sampler.needs_losses) == (8, needs_losses)
+    labels = torch.ones(100, dtype=torch.int8)
+    assert (sampler(labels, torch.arange(100) % 4, torch.rand(100)) == 1).sum() == sampler.max_positives
+
+
+@pytest.mark.parametrize("num", [0, 1, 50])
+@pytest.mark.parametrize("count", [0, 1, 7, 100])
+def test_first_of_each_group(num, count, device):
+    groups = torch.randint(0, 4, (num,), generator=torch.Generator().manual_seed(num))
+    groups[groups == 2] = 3  # an empty group
+    taken, expected = [0] * 4, []
+    for i, group in enumerate(groups.tolist()):
+        if taken[group] < count:
+            taken[group] += 1
+            expected.append(i)
+    assert first_of_each_group(groups.to(device), 4, count).tolist() == expected
 
 
 @pytest.fixture(scope="module")

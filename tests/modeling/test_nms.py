@@ -1,0 +1,68 @@
+"""prune_overlapping against pairs compared one by one; top_nms is tested in tests/inference/test_pyramid.py."""
+
+import pytest
+import torch
+from torchvision.ops import nms
+
+from gs_d2.modeling.nms import prune_overlapping, top_nms
+from gs_d2.ops import reference
+
+
+def random_boxes(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(*shape, 2, generator=generator) * 60
+    return torch.cat([corner, corner + 10 + 20 * torch.rand(*shape, 2, generator=generator)], dim=-1)
+
+
+def test_top_nms_stops_at_any_limit_and_keeps_the_order(monkeypatch, device):
+    monkeypatch.setattr("gs_d2.modeling.nms._CHUNK", 16)
+    boxes = random_boxes(200).to(device)
+    scores = torch.rand(200, generator=torch.Generator().manual_seed(1)).to(device)
+    whole = nms(boxes, scores, 0.4)
+    assert 20 < len(whole) < 150
+    for limit in (0, 1, 15, 16, 17, len(whole), 1000):
+        assert torch.equal(top_nms(boxes, scores, 0.4, limit), whole[:limit])
+
+
+@pytest.mark.parametrize("shared_groups", [True, False])
+@pytest.mark.parametrize("max_kept", [3, 10**6])
+def test_prune_overlapping_is_greedy_in_each_group_and_label(shared_groups, max_kept, device):
+    num_images, num, num_groups, thresh = 2, 120, 3, 0.3
+    generator = torch.Generator().manual_seed(2)
+    boxes = random_boxes(num_images, num)
+    losses = torch.rand(num_images, num, generator=generator)
+    labels = torch.randint(-1, 2, (num_images, num), generator=generator).to(torch.int8)
+    groups = torch.randint(0, num_groups, (num,) if shared_groups else (num_images, num), generator=generator)
+    pruned = prune_overlapping(
+        *(x.to(device) for x in (labels, groups)),
+        num_groups,
+        *(x.to(device) for x in (boxes, losses)),
+        thresh,
+        max_kept,
+    ).cpu()
+    expected = torch.full_like(labels, -1)
+    dropped = 0
+    for b in range(num_images):
+        ious = reference.box_iou(boxes[b], boxes[b])
+        of_image = groups.expand(num_images, num)[b]
+        for group in range(num_groups):
+            for label in (0, 1):
+                rows = [i for i in range(num) if of_image[i] == group and labels[b, i] == label]
+                kept = []
+                for i in sorted(rows, key=lambda i: -losses[b, i]):
+                    if len(kept) < max_kept and all(ious[i, j] <= thresh for j in kept):
+                        kept.append(i)
+                dropped += len(rows) - len(kept)
+                expected[b, kept] = label
+    assert torch.equal(pruned, expected)
+    assert dropped > 0 and (expected == 1).any() and (expected == 0).any()
+
+
+def test_identical_boxes_of_other_groups_labels_and_images_stay():
+    boxes = torch.tensor([0.0, 0, 10, 10]).expand(2, 4, 4)
+    labels = torch.tensor([[0, 1, 0, 1], [0, 1, 0, 0]], dtype=torch.int8)
+    groups = torch.tensor([0, 0, 1, 1])
+    losses = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4]])
+    assert prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9).tolist() == [[0, 1, 0, 1], [0, 1, -1, 0]]
+    labels[:] = -1
+    assert (prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9) == -1).all()
