@@ -116,6 +116,9 @@ def test_mirrored():
     straight, back = detector([x])[0]["instances"], detector([mirrored])[0]["instances"]
     assert DIVISIBILITY == 16 and len(straight) > 10
     torch.testing.assert_close(straight.scores, back.scores, rtol=1e-4, atol=1e-5)
+    x1, y1, x2, y2 = back.pred_boxes.tensor.unbind(dim=1)
+    expected = torch.stack([128 - x2, y1, 128 - x1, y2], dim=1)
+    torch.testing.assert_close(straight.pred_boxes.tensor, expected, rtol=1e-4, atol=1e-2)
 
 
 def test_box_voting_goes_by_the_detections_threshold(load_script):
@@ -144,10 +147,11 @@ def test_channels_last_is_the_same_up_to_rounding():
     plain, ours = build_two_stage(), build_two_stage(channels_last=True)
     assert ours.backbone.conv.weight.is_contiguous(memory_format=torch.channels_last)
     maps = []
-    ours.backbone.register_forward_hook(lambda module, args, out: maps.append(out["p2"]))
+    ours.backbone.register_forward_hook(lambda module, args, out: maps.extend((args[0], out["p2"])))
     x = image(*SIZE)
     assert_same(ours([x])[0]["instances"], plain([x])[0]["instances"], 1e-4)
-    assert maps[0].is_contiguous(memory_format=torch.channels_last) and not maps[0].is_contiguous()
+    for x in maps:
+        assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     for name, value in train(plain).items():
         torch.testing.assert_close(train(ours)[name], value, rtol=1e-4, atol=1e-5)
 
