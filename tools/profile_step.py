@@ -33,10 +33,11 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-import gs_d2.modeling
+import gs_d2.modeling.group_loss
 from gs_d2.config import add_gs_config
 from gs_d2.data import FaceDatasetMapper
-from gs_d2.modeling import GroupSampler, GroupSamplingRPN, TwoPassMatcher
+from gs_d2.modeling import GroupSampler, TwoPassMatcher
+from gs_d2.modeling.group_loss import GroupLoss
 
 FILE_SIZE = (1024, 768)  # width and height of WIDER FACE's images, most of which are 1024 wide
 
@@ -131,9 +132,9 @@ def parts_of(model):
         (model, "select_detections"): "proposals",
         (rpn.anchor_generator, "forward"): "labelling",
         (TwoPassMatcher, "match_images"): "labelling",
-        (GroupSamplingRPN, "group_anchors"): "labelling",
+        (GroupLoss, "group"): "labelling",
         (GroupSampler, "__call__"): "sampling",
-        (gs_d2.modeling.rpn, "prune_overlapping"): "sampling",
+        (gs_d2.modeling.group_loss, "prune_overlapping"): "sampling",
     } | ({(model.roi_heads, "forward"): "second stage"} if hasattr(model, "roi_heads") else {})
 
 

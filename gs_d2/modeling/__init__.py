@@ -4,6 +4,7 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from gs_d2.modeling.anchors import ScaleStrideAnchorGenerator
 from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone
+from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.matcher import TwoPassMatcher
 from gs_d2.modeling.meta_arch import GroupedFastRCNN, RPNDetector
 from gs_d2.modeling.roi_heads import GroupedROIHeads
@@ -13,6 +14,7 @@ from gs_d2.modeling.sampling import GroupSampler
 
 __all__ = [
     "DilatedRPNHead",
+    "GroupLoss",
     "GroupSampler",
     "GroupSamplingRPN",
     "GroupedFastRCNN",
