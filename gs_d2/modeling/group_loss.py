@@ -45,7 +45,7 @@ class GroupLoss:
             raise ValueError(f"OHEM_NMS_THRESH must be in (0, 1], got {ohem_nms_thresh}")
         if sampler.num_groups not in (1, len(group_scales)):
             raise ValueError(
-                f"sampler must have 1 group or one for each of group_scales {list(group_scales)}, got {sampler.num_groups}"
+                f"sampler must have 1 group or as many as group_scales ({len(group_scales)}), got {sampler.num_groups}"
             )
         self.matcher = matcher
         self.sampler = sampler
