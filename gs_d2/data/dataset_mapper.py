@@ -15,6 +15,10 @@ from gs_d2.formats.images import as_rgb
 _LEAST_SHOWN = 0.25  # of a box's area; one around a face and its centre in the image shows at least this
 
 
+class BadDataError(ValueError):
+    """An image, or its annotation, cannot be used; names the file."""
+
+
 class FaceDatasetMapper:
     """Reads and augments one image of a face data set (see :func:`gs_d2.data.load_wider_face` for its dicts).
 
@@ -65,15 +69,12 @@ class FaceDatasetMapper:
 
         Raises:
             FileNotFoundError: there is no such image.
-            ValueError: the image cannot be read (see :func:`gs_d2.formats.images.as_rgb`), has not the `height` and
+            BadDataError: the image cannot be read (see :func:`gs_d2.formats.images.as_rgb`), has not the `height` and
                 `width` that the dict gives, or the boxes have NaN or infinity; names the file. Nothing random has been
                 drawn by then. :func:`gs_d2.data.build_train_loader` takes another image in its place.
         """
         result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
-        image = utils.convert_PIL_to_numpy(as_rgb(dataset_dict["file_name"]), self.image_format)
-        utils.check_image_size(dict(dataset_dict), image)
-        if self.is_train and not np.isfinite(dataset_dict["gt_boxes"]).all():
-            raise ValueError(f"{dataset_dict['file_name']}: its annotated boxes have NaN or infinity")
+        image = self._read(dataset_dict)
         result["height"], result["width"] = image.shape[:2]
         if not self.is_train:
             image = self._augment(image)[0]
@@ -84,8 +85,19 @@ class FaceDatasetMapper:
             instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
             result["instances"] = instances
             result["ignore_boxes"] = Boxes(torch.from_numpy(ignored))
-        result["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        # Not np.ascontiguousarray, which leaves the negative stride of a flipped side of one pixel; torch refuses it.
+        result["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return result
+
+    def _read(self, dataset_dict) -> np.ndarray:
+        try:
+            image = utils.convert_PIL_to_numpy(as_rgb(dataset_dict["file_name"]), self.image_format)
+            utils.check_image_size(dict(dataset_dict), image)
+        except ValueError as error:
+            raise BadDataError(str(error)) from error
+        if self.is_train and not np.isfinite(dataset_dict["gt_boxes"]).all():
+            raise BadDataError(f"{dataset_dict['file_name']}: its annotated boxes have NaN or infinity")
+        return image
 
     def augment(self, image: np.ndarray, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One training view: the augmented image, boxes to train on and boxes to ignore, float32 [n, 4] in its pixels.

@@ -12,7 +12,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 
-from gs_d2.data.dataset_mapper import FaceDatasetMapper, off_the_image
+from gs_d2.data.dataset_mapper import BadDataError, FaceDatasetMapper, off_the_image
 from gs_d2.data.missing_files import check_images, where_it_belongs
 
 _MAX_TRIES = 100  # of images in place of a bad one
@@ -35,7 +35,7 @@ def build_test_loader(cfg, dataset_name: str):
 
     Raises:
         FileNotFoundError: images of the data set are missing, now and not hours later. (One that cannot be read raises
-            ValueError with its name when its turn comes: an evaluation without it would be another benchmark's.)
+            BadDataError with its name when its turn comes: an evaluation without it would be another benchmark's.)
     """
     records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
     image_root = MetadataCatalog.get(dataset_name).get("image_root")
@@ -53,7 +53,7 @@ class TrainingViews(torch.utils.data.Dataset):
 
     Args:
         records: dataset dicts.
-        mapper: makes a view of one; FileNotFoundError and ValueError mean that the image or its boxes are bad.
+        mapper: makes a view of one; BadDataError and FileNotFoundError mean that another is to take its place.
 
     Raises:
         RuntimeError: by an item for which 101 images (or all, where there are fewer) proved bad.
@@ -90,7 +90,7 @@ class TrainingViews(torch.utils.data.Dataset):
         record = self._records[index]
         try:
             view = self._mapper(record)
-        except (FileNotFoundError, ValueError) as error:
+        except (BadDataError, FileNotFoundError) as error:
             self._bad[index] = True
             _logger.warning(f"Left out of training, for another image: {error}")
             return None

@@ -115,8 +115,12 @@ def test_errors_of_the_program_are_not_bad_images(data_set):
     data_set(3)
     records = DatasetCatalog.get(NAME)
     del records[1]["gt_boxes"]
+    mapper = FaceDatasetMapper(config(), is_train=True)
     with pytest.raises(KeyError, match="gt_boxes"):
-        TrainingViews(records, FaceDatasetMapper(config(), is_train=True))[1]
+        TrainingViews(records, mapper)[1]
+    mapper.augmentations = lambda image: np.zeros(3).reshape(2)  # raises ValueError, as bad images do
+    with pytest.raises(ValueError, match="reshape"):
+        TrainingViews(records, mapper)[0]
 
 
 BAD_RECORDS = {
