@@ -15,16 +15,15 @@ from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detect
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import gs_d2.data
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config, check_config, detection_limits
-from gs_d2.data import FaceDatasetMapper
+from gs_d2.data import build_test_loader, build_train_loader
 from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
 from gs_d2.inference import PyramidDetector
 
@@ -45,11 +44,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
+        return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return build_detection_test_loader(cfg, dataset_name, mapper=FaceDatasetMapper(cfg, is_train=False))
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):

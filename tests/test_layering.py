@@ -73,7 +73,13 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
-    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "gs_d2.formats")),
+    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "PIL", "gs_d2.formats")),
+    "data loaders": Rule(
+        files=("gs_d2/data/loaders.py",),
+        may=("numpy", "torch", "detectron2.data", "gs_d2.data"),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
     "data": Rule(
         files=("gs_d2/data/*.py",),
         may=(
@@ -121,6 +127,7 @@ RULES = {
             "detectron2.modeling.build_model",
             "detectron2.utils.file_io",
             "gs_d2.config",
+            "gs_d2.formats",
             "gs_d2.inference",
             "gs_d2.modeling",
         ),
@@ -238,6 +245,7 @@ VIOLATIONS = [
     ("formats", "gs_d2/formats/x.py", "from gs_d2.data import load_wider_face", "gs_d2.data.load_wider_face"),
     ("formats", "gs_d2/formats/x.py", "from ..evaluation.progress import track", "gs_d2.evaluation.progress.track"),
     ("formats", "gs_d2/formats/x.py", "import torch", "torch"),
+    ("data loaders", "gs_d2/data/loaders.py", "from gs_d2.evaluation import WiderFaceEvaluator", "gs_d2.evaluation"),
     ("data", "gs_d2/data/x.py", "from gs_d2.modeling import GroupSampler", "gs_d2.modeling.GroupSampler"),
     ("data", "gs_d2/data/x.py", "from .. import ops", "gs_d2.ops"),
     ("data", "gs_d2/data/x.py", "import gs_d2.evaluation.wider_face", "gs_d2.evaluation.wider_face"),

@@ -24,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from gs_d2.data import load_wider_face
+from gs_d2.formats.images import as_rgb
 
 PAGE = "http://shuoyang1213.me/WIDERFACE/"
 SPLITS = {"train": (12880, 159420), "val": (3226, 39708), "test": (16097, 0)}  # images and boxes of the official lists
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         "--splits", nargs="+", choices=list(SPLITS), default=["train", "val"], help="what must be whole"
     )
     parser.add_argument("--copy", action="store_true", help="copy folders instead of linking them")
+    parser.add_argument("--read-images", action="store_true", help="also read each image to its end: takes minutes")
     parser.add_argument("--check-only", action="store_true", help="change nothing, only say what is there")
     args = parser.parse_args(argv)
     base = args.output / "widerface"
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.check_only:
             for part, source in find_parts([*args.sources, *([base] if base.is_dir() else [])]):
                 place(part, source, base, args.copy)
-        problems = check(base, args.splits)
+        problems = check(base, args.splits, args.read_images)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -192,11 +194,11 @@ def plan(archive: Path, infos: list[zipfile.ZipInfo]) -> list[tuple[PurePosixPat
     return members
 
 
-def check(base: Path, splits: list[str]) -> list[str]:
+def check(base: Path, splits: list[str], read_images: bool = False) -> list[str]:
     """Prints what is there and what is not, and returns what is wrong with the parts that must be whole."""
     problems = []
     for split, (num_images, num_boxes) in SPLITS.items():
-        found = check_split(base, split, num_images, num_boxes)
+        found = check_split(base, split, num_images, num_boxes, read_images and split in splits)
         print(f"wider_face_{split}: " + ("; ".join(found) or f"{num_images:,} images, {num_boxes:,} boxes: whole"))
         problems += [f"{split}: {problem}" for problem in found] if split in splits else []
     absent = [name for name in MATS if not (base / "ground_truth" / name).is_file()]
@@ -206,7 +208,7 @@ def check(base: Path, splits: list[str]) -> list[str]:
     return problems
 
 
-def check_split(base: Path, split: str, num_images: int, num_boxes: int) -> list[str]:
+def check_split(base: Path, split: str, num_images: int, num_boxes: int, read_images: bool = False) -> list[str]:
     list_file = base / "wider_face_split" / LISTS[split]
     if not list_file.is_file():
         return [f"no {list_file.name}{_from('wider_face_split')}"]
@@ -224,7 +226,22 @@ def check_split(base: Path, split: str, num_images: int, num_boxes: int) -> list
     if missing:
         first = missing[0].relative_to(base)
         problems.append(f"{len(missing):,} of {len(paths):,} images missing, first {first}{_from(f'WIDER_{split}')}")
+    if read_images:
+        absent = set(missing)
+        problems += damaged_images([path for path in paths if path not in absent], base)
     return problems
+
+
+def damaged_images(paths: list[Path], base: Path) -> list[str]:
+    """Reads all images, prints what is wrong with each bad one, and returns one line that counts them."""
+    damaged = []
+    for path in tqdm(paths, desc="reading images", unit="image", leave=False, delay=1):
+        try:
+            as_rgb(path)
+        except (FileNotFoundError, ValueError) as error:
+            tqdm.write(str(error), file=sys.stderr)
+            damaged.append(path)
+    return [f"{len(damaged):,} images cannot be read, first {damaged[0].relative_to(base)}"] if damaged else []
 
 
 def _from(part: str) -> str:

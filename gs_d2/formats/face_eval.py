@@ -9,6 +9,7 @@ import numpy as np
 from .files import FileTree
 
 MIN_FACE = 30  # pixels; smaller annotated faces are ignored
+_MAX_NUMBER = 1e6  # pixels
 _FILE_NAMES = {
     "afw": "new_annotations_AFW.mat",
     "pascal_face": "Annotations_Face_PASCALLayout_large_fixed.mat",
@@ -42,7 +43,8 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: for an unknown benchmark or a file of another layout.
+        ValueError: for an unknown benchmark, a file of another layout, an image that comes twice, or a box with NaN,
+            infinity or numbers of a million and more.
     """
     if benchmark not in _FILE_NAMES:
         raise ValueError(f"benchmark must be one of {', '.join(_FILE_NAMES)}, got {benchmark!r}")
@@ -62,7 +64,11 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
                 name = image_name(record["imgname"][0])
                 objects = np.asarray(record["objects"], dtype=np.float64)
                 objects = objects.reshape(-1, objects.shape[-1]) if objects.size else np.zeros((0, 6))
+                if not name or name in boxes:
+                    raise ValueError(f"image {name!r} has no name, or comes a second time")
                 boxes[name] = objects[:, :4]
+                if not (np.abs(boxes[name]) < _MAX_NUMBER).all():  # NaN and infinity are not either
+                    raise ValueError(f"a box of image {name!r} is not of numbers below {_MAX_NUMBER:g}")
                 flagged = objects[:, 5] != 0 if objects.shape[1] > 5 else np.zeros(len(objects), dtype=bool)
                 small = (np.abs(objects[:, 2:4] - objects[:, :2]) < MIN_FACE).any(axis=1)
                 ignored[name] = flagged | small

@@ -11,6 +11,7 @@ import numpy as np
 _MAX_ENTRIES = 200_000
 _MAX_FILE_BYTES = 64 * 2**20
 _MAX_TOTAL_BYTES = 2**30
+_MAX_COUNT = 10**9  # of the rows of one image
 
 
 class FileTree:
@@ -155,9 +156,9 @@ def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) 
 def parse_count(text: str, where: str, number: int) -> int:
     """The count of rows that stands on line `number`; ValueError if it is not a whole number >= 0."""
     try:
-        count = float(text)
+        count = float(text.replace("_", "?"))
     except ValueError:
         count = -1.0
-    if not (count >= 0 and count.is_integer()):
+    if not (0 <= count <= _MAX_COUNT and count.is_integer()):
         raise ValueError(f"{where}, line {number}: need the number of detections, got {text.strip()[:80]!r}")
     return int(count)

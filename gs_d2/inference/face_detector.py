@@ -12,10 +12,10 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config
+from gs_d2.formats.images import as_rgb
 from gs_d2.inference.pyramid import PyramidDetector
 
 _MAX_NAMED = 5  # keys of a list that a message spells out
@@ -91,39 +91,6 @@ class FaceDetector:
         (result,) = self._model([{"image": pixels, "height": image.height, "width": image.width}])
         faces = result["instances"].to("cpu")
         return faces.pred_boxes.tensor.float().numpy(), faces.scores.float().numpy()
-
-
-def as_rgb(image) -> Image.Image:
-    """What :meth:`FaceDetector.detect` takes, as an RGB image; 16-bit ones by their high byte."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"image must be uint8 [H, W, 3] (RGB) and not empty, got {image.dtype} {image.shape}")
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return _to_rgb(image)
-    if not isinstance(image, (str, os.PathLike)):
-        raise ValueError(f"image must be a path, a PIL image or a numpy array, got {type(image).__name__}")
-    path = os.fspath(image)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such image: {path}")
-    try:
-        with Image.open(path) as file:
-            return _to_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # of a broken file Pillow's decoders raise nearly anything
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ValueError(f"image must not be empty, got {image.width} x {image.height} pixels")
-    if image.mode == "F":
-        raise ValueError("pixels are floats, whose range is unknown: convert them to uint8")
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        values = np.asarray(image)
-        if image.mode != "I" or values.max() > 255:  # "I" is also what 8-bit values may come in
-            values = values >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def load_config(cfg: CfgNode | str | os.PathLike, opts=()) -> CfgNode:

@@ -160,6 +160,18 @@ def test_check_only_changes_nothing(tool, downloads, tmp_path, capsys):
     assert "no wider_face_train_bbx_gt.txt (from wider_face_split.zip)" in err and "PAGE" not in out
 
 
+def test_images_are_read_to_their_end_on_demand(tool, downloads, tmp_path, capsys):
+    arguments = downloads, "--output", tmp_path / "data"
+    assert run(tool, capsys, *arguments, "--read-images")[0] == 0
+    image = tmp_path / "data/widerface/WIDER_train/images" / EVENT / "b.jpg"
+    image.write_bytes(image.read_bytes()[:-100])
+    assert tool.main([*map(str, arguments[1:]), "--check-only"]) == 0
+    assert tool.main([*map(str, arguments[1:]), "--check-only", "--read-images"]) == 2
+    err = capsys.readouterr().err
+    assert f"{image}: cannot be read as an image" in err
+    assert f"train: 1 images cannot be read, first WIDER_train/images/{EVENT}/b.jpg" in err
+
+
 def test_another_list_is_noticed(tool, downloads, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tool, "SPLITS", {"train": (2, 4), "val": (3226, 1), "test": (1, 0)})
     status, _, err = run(tool, capsys, downloads, "--output", tmp_path)
