@@ -15,6 +15,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import where_it_belongs
+from gs_d2.formats.files import is_inside
+from gs_d2.formats.mat import load_mat
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 _BOX_COLUMNS = 4
@@ -82,8 +84,7 @@ def _is_image_name(line: str) -> bool:
 
 
 def _check_image_name(name, list_file, line_number):
-    path = PurePosixPath(name)
-    if len(path.parts) != 2 or path.is_absolute() or ".." in path.parts:
+    if len(PurePosixPath(name).parts) != 2 or not is_inside(name):
         raise ValueError(f"{list_file}:{line_number}: expected an image path like event/name.jpg, got {name!r}")
 
 
@@ -128,9 +129,14 @@ def _add_attributes(records, mat_file):
     """Fills in the attributes of lists that have only boxes, from the official .mat of the same split."""
     if any(values.any() for record in records for values in record["attributes"].values()):
         return
-    from scipy.io import loadmat
+    mat = load_mat(Path(mat_file).read_bytes(), str(mat_file))
+    try:
+        _add_labels(records, mat)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{mat_file}: not of the layout of WIDER FACE's own file ({error!r})") from error
 
-    mat = loadmat(mat_file)
+
+def _add_labels(records, mat):
     by_id = {}
     for e, event in enumerate(mat["event_list"][:, 0]):
         for i, name in enumerate(mat["file_list"][e, 0][:, 0]):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .files import FileTree, parse_count, parse_rows
+from .files import FileTree, is_inside, parse_count, parse_rows
 
 
 def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -40,7 +40,8 @@ def read_region_lists(tree: FileTree, names: Iterable[str], allowed_columns: tup
         image name, without `.jpg` -> float64 ndarray[n, columns].
 
     Raises:
-        ValueError: for a malformed list, naming file and line, or an image given twice.
+        ValueError: for a malformed list, naming file and line, an image given twice, or a name that leaves the
+            folder of the images.
     """
     images: dict[str, np.ndarray] = {}
     num_columns = None
@@ -51,6 +52,10 @@ def read_region_lists(tree: FileTree, names: Iterable[str], allowed_columns: tup
                 at += 1
                 continue
             image = lines[at].strip().removesuffix(".jpg")
+            if not is_inside(image):
+                raise ValueError(
+                    f"{where}, line {at + 1}: expected an image path like 2002/07/19/big/img_130, got {image[:80]!r}"
+                )
             if image in images:
                 raise ValueError(f"{where}, line {at + 1}: image {image[:80]} for the second time")
             if at + 1 >= len(lines):
