@@ -37,7 +37,7 @@ def load_curves(path: str | os.PathLike) -> dict[str, PrecisionRecallCurve]:
     with FileTree(path) as tree:
         try:
             arrays = {
-                name.removesuffix(".npy"): np.load(io.BytesIO(tree.read_bytes(name)), allow_pickle=False)
+                name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(tree.read_bytes(name)))
                 for name in tree.names
             }
             names = [key.removesuffix(".recall") for key in arrays if key.endswith(".recall")]
