@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 
 import gs_d2.data
 import gs_d2.modeling  # noqa: F401
-from gs_d2.config import add_gs_config, check_config
+from gs_d2.config import add_gs_config, check_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -385,13 +385,13 @@ def test_config_nodes_are_detectron2s():
         ({"a": "_BASE_: b.yaml", "b": "_BASE_: a.yaml"}, r"a\.yaml: nested too deeply, or its _BASE_ leads back"),
         ({"a": "MODEL: &x {A: 1}\nTEST: *x"}, r"a\.yaml has a YAML alias"),
         ({"a": "_BASE_: b.yaml", "b": "A: &x [1]\nB: [*x, *x]"}, r"b\.yaml has a YAML alias"),
-        ({"a": "A: " + "[" * 5000}, r"a\.yaml: nested too deeply"),
+        ({"a": "A: " + "[" * 5000 + "]" * 5000}, r"a\.yaml: nested too deeply"),
         ({"a": "A: " + "1" * 2**20}, r"a\.yaml has more than 1 MiB"),
         ({"a": "- 1"}, r"a\.yaml"),
         ({"a": "text"}, r"a\.yaml"),
         ({"a": ""}, r"a\.yaml"),
         ({"a": "\0"}, r"a\.yaml"),
-        ({"a": "MODEL: 3"}, r"a\.yaml: .*MODEL"),
+        ({"a": "VERSION: 2\nMODEL: 3"}, r"a\.yaml: .*MODEL"),
         ({"a": "TEST: {GS: {NO_SUCH_KEY: 1}}"}, r"a\.yaml: .*NO_SUCH_KEY"),
         ({"a": "TEST: {GS: {FLIP: [1]}}"}, r"a\.yaml: .*FLIP"),
     ],
