@@ -156,7 +156,8 @@ class _LocalConfig(CN):
 
 
 def _text(error: Exception) -> str:
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # its own text is in quotes
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # its own text is in quotes
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
 
 
 # (key, what Detectron2 sets, why that breaks the method)
