@@ -462,7 +462,7 @@ CRASHES = """
         elif os.WIFEXITED(status):
             ends["refused"] += 1
             assert os.WEXITSTATUS(status) == 7 and now == last, (status, now)
-            assert not [name for name in os.listdir(folder) if name.endswith(".part")]
+            assert "model.pth.part" not in os.listdir(folder)  # what a killed one left may be there
         else:
             ends["died" if kind == 1 else "killed"] += 1
             assert now == last or kind == 2 and now == trial, (now, last)
