@@ -45,7 +45,7 @@ $(VENV)/.created: tools/preflight.py
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created constraints.txt tools/install_detectron2.py
-	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm \
+	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm safetensors \
 		pytest hypothesis ruff clang-format
 	@$(PY) tools/install_detectron2.py
 	@touch $@

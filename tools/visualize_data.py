@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.config import add_gs_config  # isort: skip
+from gs_d2.config import load_config  # isort: skip
 from gs_d2.data import build_train_loader  # isort: skip
 from gs_d2.formats.images import as_rgb  # isort: skip
 from gs_d2.visualization import draw_annotations  # isort: skip
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.utils.env import seed_all_rng
@@ -48,10 +47,7 @@ def main(argv=None):
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
     try:
-        cfg = get_cfg()
-        add_gs_config(cfg)
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
+        cfg = load_config(args.config_file, args.opts)
         seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
         visualize = from_annotations if args.source == "annotation" else from_dataloader
         write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)

@@ -15,6 +15,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import where_it_belongs
+from gs_d2.formats.files import is_inside
+from gs_d2.formats.mat import load_mat
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 _BOX_COLUMNS = 4
@@ -94,8 +96,7 @@ def _is_image_name(line: str) -> bool:
 
 
 def _check_image_name(name, list_file, line_number):
-    path = PurePosixPath(name)
-    if len(path.parts) != 2 or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+    if len(PurePosixPath(name).parts) != 2 or not is_inside(name):
         raise ValueError(f"{list_file}:{line_number}: expected an image path like event/name.jpg, got {name[:80]!r}")
 
 
@@ -169,18 +170,16 @@ def _add_attributes(records, mat_file):
 
 def _read_labels(mat_file) -> dict[str, dict[str, np.ndarray]]:
     """image_id -> attribute -> uint8 [n]."""
-    from scipy.io import loadmat
-
     labels_of = {}
+    mat = load_mat(Path(mat_file).read_bytes(), str(mat_file))
     try:
-        mat = loadmat(mat_file)
         for e, event in enumerate(mat["event_list"][:, 0]):
             for i, name in enumerate(mat["file_list"][e, 0][:, 0]):
                 labels_of[f"{event[0]}/{name[0]}"] = {
                     key: mat[f"{key}_label_list"][e, 0][i, 0].reshape(-1).astype(np.uint8) for key in ATTRIBUTES
                 }
-    except Exception as error:  # scipy raises many kinds for a damaged file
-        raise ValueError(f"{mat_file}: cannot be read as the attributes of WIDER FACE ({error!r})") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{mat_file}: not of the layout of WIDER FACE's own file ({error!r})") from error
     return labels_of
 
 

@@ -1,12 +1,12 @@
 """AFW and PASCAL faces: the annotation files of "face-eval" (Mathias et al., ECCV 2014)."""
 
-import io
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from .files import FileTree
+from .mat import load_mat
 
 MIN_FACE = 30  # pixels; smaller annotated faces are ignored
 _MAX_NUMBER = 1e6  # pixels
@@ -48,8 +48,6 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
     """
     if benchmark not in _FILE_NAMES:
         raise ValueError(f"benchmark must be one of {', '.join(_FILE_NAMES)}, got {benchmark!r}")
-    from scipy.io import loadmat
-
     with FileTree(path) as tree:
         names = [n for n in tree.names if n.rsplit("/", 1)[-1] == _FILE_NAMES[benchmark]]
         if not names and tree.is_file:  # named by the user, whatever it is called
@@ -58,7 +56,7 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
             raise FileNotFoundError(f"{path}: no {_FILE_NAMES[benchmark]}; it is in face-eval's annotations")
         where = tree.where(names[0])
         try:
-            records = loadmat(io.BytesIO(tree.read_bytes(names[0])))["Annotations"].reshape(-1)
+            records = load_mat(tree.read_bytes(names[0]), where)["Annotations"].reshape(-1)
             boxes, ignored = {}, {}
             for record in records:
                 name = image_name(record["imgname"][0])

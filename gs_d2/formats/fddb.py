@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 
 import numpy as np
 
-from .files import FileTree, parse_count, parse_rows
+from .files import FileTree, is_inside, parse_count, parse_rows
 
 _MAX_NUMBER = 1e6  # pixels
 
@@ -47,8 +46,8 @@ def read_region_lists(
         image name, without `.jpg` -> float64 ndarray[n, columns].
 
     Raises:
-        ValueError: for a malformed list, an image given twice, or one whose path is absolute or climbs; names file and
-            line.
+        ValueError: for a malformed list, an image given twice, or one whose path would leave the folder of the images;
+            names file and line.
     """
     images: dict[str, np.ndarray] = {}
     num_columns = None
@@ -59,8 +58,7 @@ def read_region_lists(
                 at += 1
                 continue
             image = lines[at].strip().removesuffix(".jpg")
-            path = PurePosixPath(image)
-            if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image:
+            if not is_inside(image):
                 raise ValueError(
                     f"{where}, line {at + 1}: expected an image path like 2002/07/19/big/img_130, got {image[:80]!r}"
                 )

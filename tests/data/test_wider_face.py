@@ -145,6 +145,8 @@ ROW = "1 2 3 4 0 0 0 0 0 0\n"
         ("e/a.jpg\n0\n" + ROW, 3, "expected 0 rows of numbers"),
         ("../a.jpg\n1\n" + ROW, 1, r"expected an image path like event/name.jpg, got '\.\./a\.jpg'"),
         ("e/../../a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
+        ("C:/a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
+        ("e/..\\..\\a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
         ("/etc/passwd\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got '/etc/passwd'"),
         ("/a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got '/a.jpg'"),
         ("a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got 'a.jpg'"),
@@ -190,7 +192,7 @@ def test_a_crowd_is_read_whole(load):
 def test_a_damaged_mat_is_named(load, tmp_path):
     mat = tmp_path / "wider_face_val.mat"
     mat.write_bytes(b"MATLAB 5.0" + bytes(200))
-    with pytest.raises(ValueError, match=r"wider_face_val\.mat: cannot be read as the attributes"):
+    with pytest.raises(ValueError, match=r"wider_face_val\.mat: cannot be read as a MATLAB file"):
         load("e/a.jpg\n1\n1 2 3 4\n", mat)
 
 
@@ -239,6 +241,12 @@ def test_lists_of_boxes_take_their_attributes_from_the_mat(load, tmp_path):
     assert a["gt_ignore"].tolist() == [False, True]
     assert b["attributes"]["pose"].tolist() == [0], "three labels for one box fit no box"
     assert c["gt_ignore"].tolist() == [False]
+    mat.write_bytes(mat.read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"wider_face_val\.mat: cannot be read as a MATLAB file"):
+        load(text, mat)
+    savemat(mat, {"event_list": 1})
+    with pytest.raises(ValueError, match=r"wider_face_val\.mat: not of the layout"):
+        load(text, mat)
     # A list with attributes of its own needs no .mat, and one without does not need it to be there.
     assert load(GOOD, mat)[0]["attributes"]["blur"].tolist() == [1, 0]
     assert load(text, tmp_path / "none.mat")[0]["attributes"]["blur"].tolist() == [0, 0]
