@@ -48,6 +48,10 @@ RULES = {
     # Python
     "gs_d2": Rule(files=("gs_d2/__init__.py",), may=()),
     "compat": Rule(files=("gs_d2/compat.py",), may=("detectron2",)),
+    "collect_env": Rule(
+        files=("gs_d2/collect_env.py",),
+        may=("torch", "detectron2._C", "detectron2.utils.collect_env", "gs_d2.__version__", "gs_d2.compat", "gs_d2.ops"),
+    ),
     "config": Rule(
         files=("gs_d2/config.py",),
         may=("detectron2.config", "gs_d2.compat"),
@@ -202,6 +206,7 @@ VIOLATIONS = [
     ("gs_d2", "gs_d2/__init__.py", "import detectron2", "detectron2"),
     ("gs_d2", "gs_d2/__init__.py", "from . import modeling", "gs_d2.modeling"),
     ("compat", "gs_d2/compat.py", "from gs_d2 import ops", "gs_d2.ops"),
+    ("collect_env", "gs_d2/collect_env.py", "import gs_d2.modeling", "gs_d2.modeling"),
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.data", "gs_d2.data"),
     ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),
