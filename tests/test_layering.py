@@ -50,7 +50,14 @@ RULES = {
     "compat": Rule(files=("gs_d2/compat.py",), may=("detectron2",)),
     "collect_env": Rule(
         files=("gs_d2/collect_env.py",),
-        may=("torch", "detectron2._C", "detectron2.utils.collect_env", "gs_d2.__version__", "gs_d2.compat", "gs_d2.ops"),
+        may=(
+            "torch",
+            "detectron2._C",
+            "detectron2.utils.collect_env",
+            "gs_d2.__version__",
+            "gs_d2.compat",
+            "gs_d2.ops",
+        ),
     ),
     "config": Rule(
         files=("gs_d2/config.py",),
@@ -435,9 +442,11 @@ def test_every_rule_is_shown_to_bite_and_has_files(name):
 
 
 def test_the_project_does_not_depend_on_its_scripts():
-    """gs_d2 is installed without demo/, tools/, tests/ and train_net.py."""
-    scripts = {path.stem for folder in (".", "demo", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")}
-    scripts = (scripts | {"demo", "tools", "tests"}) - {"setup"}
+    """gs_d2 is installed without demo/, examples/, tools/, tests/ and train_net.py."""
+    scripts = {
+        path.stem for folder in (".", "demo", "examples", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")
+    }
+    scripts = (scripts | {"demo", "examples", "tools", "tests"}) - {"setup"}
     for path in source_files():
         if path.endswith(".py"):
             assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path
