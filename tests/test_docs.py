@@ -156,11 +156,11 @@ def commands_of(block: str) -> list[list[str]]:
     """Words of each command; comments, variables before it and redirections are left out."""
     commands = []
     for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", line), comments=True)
+        lexer = shlex.shlex(re.sub(r"\$\{?\w+\}?", "1", line), posix=True, punctuation_chars=";&|<>")
+        lexer.whitespace_split = True
+        words = list(lexer)
         while words:
-            end = next(
-                (i for i, word in enumerate(words) if word in ("&&", "||", "|", ";", "&", ">", ">>")), len(words)
-            )
+            end = next((i for i, word in enumerate(words) if set(word) <= set(";&|<>")), len(words))
             command = words[:end]
             while command and re.fullmatch(r"[A-Z]\w*=.*", command[0]):
                 command = command[1:]
@@ -232,6 +232,7 @@ def test_commands_are_those_of_the_scripts(page, monkeypatch):
         "python -m gs_d2.no_such_module",
         "A=1 python train_net.py --config-file configs/quick/demo.yaml --num-gpus two && make demo",
         "make no-such-target",
+        "for i in 1 2; do python tools/no_such_script.py; done",
     ],
 )
 def test_a_wrong_command_is_found(command, monkeypatch):

@@ -55,7 +55,8 @@ class TwoPassMatcher:
         Returns:
             match_labels (int8 Tensor[B, R]): 1, 0 or -1.
             matched_gt_idxs (int64 Tensor[B, R]): row of the matched ground truth in `all_gt_boxes`.
-            all_gt_boxes (Tensor[M + 1, 4]): ground truth of all images, and zeros for indices where there is none.
+            all_gt_boxes (Tensor[M + 1, 4]): ground truth of all images and a last row of zeros, so that every index
+                is valid even without any ground truth.
         """
         all_gts, gt_offsets = _concatenate(gt_boxes, anchors)
         ignores = {}
