@@ -48,6 +48,17 @@ RULES = {
     # Python
     "gs_d2": Rule(files=("gs_d2/__init__.py",), may=()),
     "compat": Rule(files=("gs_d2/compat.py",), may=("detectron2",)),
+    "collect_env": Rule(
+        files=("gs_d2/collect_env.py",),
+        may=(
+            "torch",
+            "detectron2._C",
+            "detectron2.utils.collect_env",
+            "gs_d2.__version__",
+            "gs_d2.compat",
+            "gs_d2.ops",
+        ),
+    ),
     "config": Rule(
         files=("gs_d2/config.py",),
         may=("yaml", "detectron2.config", "gs_d2.compat"),
@@ -219,6 +230,7 @@ VIOLATIONS = [
     ("gs_d2", "gs_d2/__init__.py", "import detectron2", "detectron2"),
     ("gs_d2", "gs_d2/__init__.py", "from . import modeling", "gs_d2.modeling"),
     ("compat", "gs_d2/compat.py", "from gs_d2 import ops", "gs_d2.ops"),
+    ("collect_env", "gs_d2/collect_env.py", "import gs_d2.modeling", "gs_d2.modeling"),
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.data", "gs_d2.data"),
     ("checkpoint", "gs_d2/checkpoint.py", "from gs_d2.config import load_config", "gs_d2.config.load_config"),
@@ -450,9 +462,11 @@ def test_every_rule_is_shown_to_bite_and_has_files(name):
 
 
 def test_the_project_does_not_depend_on_its_scripts():
-    """gs_d2 is installed without demo/, tools/, tests/ and train_net.py."""
-    scripts = {path.stem for folder in (".", "demo", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")}
-    scripts = (scripts | {"demo", "tools", "tests"}) - {"setup"}
+    """gs_d2 is installed without demo/, examples/, tools/, tests/ and train_net.py."""
+    scripts = {
+        path.stem for folder in (".", "demo", "examples", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")
+    }
+    scripts = (scripts | {"demo", "examples", "tools", "tests"}) - {"setup"}
     for path in source_files():
         if path.endswith(".py"):
             assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path

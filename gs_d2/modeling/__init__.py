@@ -10,7 +10,7 @@ from gs_d2.modeling.meta_arch import GroupedFastRCNN, RPNDetector
 from gs_d2.modeling.roi_heads import GroupedROIHeads
 from gs_d2.modeling.rpn import GroupSamplingRPN
 from gs_d2.modeling.rpn_heads import DilatedRPNHead, SoftmaxRPNHead
-from gs_d2.modeling.sampling import GroupSampler
+from gs_d2.modeling.sampling import GroupSampler, group_by_scale
 
 __all__ = [
     "DilatedRPNHead",
@@ -25,4 +25,5 @@ __all__ = [
     "TopDown",
     "TwoPassMatcher",
     "build_resnet_topdown_backbone",
+    "group_by_scale",
 ]
