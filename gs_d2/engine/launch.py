@@ -28,8 +28,8 @@ def launch(main, args, device: str, main_args: tuple):
         return _run_under_torchrun(main, args, device, main_args)
     if num_processes > 1 and device == "cpu" and (compat.LAUNCH_NEEDS_GPUS or torch.cuda.is_available()):
         sys.exit(
-            f"--num-gpus {args.num_gpus} asks for several processes, which Detectron2 cannot start "
-            f"with MODEL.DEVICE cpu here: use torchrun --nproc_per_node {args.num_gpus} train_net.py ... without --num-gpus"
+            f"--num-gpus {args.num_gpus} asks for several processes, which Detectron2 cannot start on this CPU: "
+            f"use torchrun --nproc_per_node {args.num_gpus} train_net.py ... without --num-gpus"
         )
     return detectron2_launch(
         main,

@@ -1,6 +1,5 @@
 """Training runs of a few tiny iterations, in fresh processes: alone, or two that form a gloo group."""
 
-import contextlib
 import multiprocessing
 import os
 import socket
@@ -102,6 +101,7 @@ class Processes:
 
 def _run(queue, rank, world_size, port, function, arguments, keywords):
     torch.set_num_threads(1)
+    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.1  # how soon workers see that a killed process is gone
     try:
         if world_size > 1:
             from gs_d2 import compat
@@ -113,6 +113,5 @@ def _run(queue, rank, world_size, port, function, arguments, keywords):
     except BaseException:
         result = traceback.format_exc()
     queue.put((rank, result))
-    with contextlib.suppress(Exception):
-        torch.distributed.barrier() if world_size > 1 and not str(result).startswith("Traceback") else None
-    os._exit(0)  # gloo's threads, which Detectron2 keeps a group of, now and then abort an orderly exit
+    if world_size > 1:
+        os._exit(0)  # gloo's threads, which Detectron2 keeps a group of, now and then abort an orderly exit
