@@ -53,7 +53,12 @@ def _run_under_torchrun(main, args, device, main_args):
                 f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node"
             )
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    store, rank, world_size = next(distributed.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store for all restarts, where processes would wait for the addresses of the ended ones.
+        # Machines can count restarts differently: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/training.md).
+        store = distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     compat.create_local_process_group(local_world_size)
     result = main(*main_args)
     # Only after success: a process that failed must end at once, so that torchrun ends or restarts the others.

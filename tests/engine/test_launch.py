@@ -42,11 +42,11 @@ def test_torchrun_trains_evaluates_and_survives_the_loss_of_a_process(drawn_data
     command += ["--max-restarts", "1", str(tmp_path / "dying.py"), "--config-file", "configs/quick/demo.yaml"]
     command += ["--resume", *SMALL, *map(str, scaled), "OUTPUT_DIR", str(tmp_path / "output")]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(drawn_datasets), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     printed = result.stdout + result.stderr
     assert result.returncode == 0, printed[-5000:]
     assert re.findall(r"Starting training from iteration (\d+)", printed) == ["0", "2"]
-    assert "Signal 9 (SIGKILL)" in printed and "batch_size=2, learning_rate=0.01, max_iter=6" in printed
+    assert "exitcode: -9" in printed and "batch_size=2, learning_rate=0.01, max_iter=6" in printed
     inference = tmp_path / "output" / "inference" / "wider_face_val"
     assert json.loads((inference / "results.json").read_text())["num_images"] == 4
     assert len(list((inference / "predictions").rglob("*.txt"))) == 4
