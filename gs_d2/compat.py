@@ -10,3 +10,26 @@ except ImportError as error:
         f"gs_d2's detectors need Detectron2, which does not import here ({error}). "
         "Install it with: python tools/install_detectron2.py (gs_d2.ops alone needs only torch)"
     ) from error
+
+from detectron2.utils import comm
+
+# Detectron2 0.5's launch starts several processes on GPUs only.
+LAUNCH_NEEDS_GPUS = not hasattr(comm, "create_local_process_group")
+
+
+def create_local_process_group(num_processes: int):
+    """Tells Detectron2 which processes share a machine, as its own launch does; all processes must call this together.
+
+    Args:
+        num_processes: on each machine; divides the world size.
+    """
+    if not LAUNCH_NEEDS_GPUS:
+        comm.create_local_process_group(num_processes)
+        return
+    from torch import distributed
+
+    for first in range(0, comm.get_world_size(), num_processes):
+        ranks = range(first, first + num_processes)
+        group = distributed.new_group(list(ranks))
+        if comm.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

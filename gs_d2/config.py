@@ -14,7 +14,7 @@ _MAX_CONFIG_BYTES = 2**20
 
 
 def add_gs_config(cfg):
-    """Adds MODEL.GS, INPUT.GS and TEST.GS to a Detectron2 config, in place.
+    """Adds MODEL.GS, INPUT.GS, SOLVER.GS and TEST.GS to a Detectron2 config, in place.
 
     Where a Detectron2 key fits it is used instead: MODEL.RPN.BATCH_SIZE_PER_IMAGE is N, the samples per group (per
     image without groups); POSITIVE_FRACTION, IOU_THRESHOLDS [low, high], NMS_THRESH, PRE_NMS_TOPK_* and
@@ -76,6 +76,14 @@ def add_gs_config(cfg):
     cfg.INPUT.GS.MAX_CROP_SIZE = 1200
     # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions.
     cfg.INPUT.GS.MIN_FACE_SIZE = 8.0
+
+    cfg.SOLVER.GS = CN()
+    # Every iteration runs this many batches of SOLVER.IMS_PER_BATCH images forward and backward, averages their
+    # gradients and makes one optimizer step: the effective batch is the product. BASE_LR and MAX_ITER stay as they are.
+    cfg.SOLVER.GS.ACCUMULATION_STEPS = 1
+    # When a loss is infinite or NaN: "stop", naming the images and saving the batch, or "skip" that iteration's step
+    # (in all processes; it stops all the same after 20 in a row).
+    cfg.SOLVER.GS.NONFINITE_LOSS = "stop"
 
     cfg.TEST.GS = CN()
     # Detections below this score (probability) are dropped. Above 0.05 it costs average precision.
@@ -202,6 +210,29 @@ def check_pyramid(cfg):
         raise ValueError(
             "TEST.AUG.ENABLED asks for Detectron2's test augmentation, which knows R-CNNs only: "
             "set it False and use TEST.GS.PYRAMID, SCALES and FLIP"
+        )
+
+
+def check_training(cfg):
+    """Refuses settings of the solver that contradict each other or have no meaning.
+
+    Raises:
+        ValueError: naming the key, its value and what to set.
+    """
+    gs = cfg.SOLVER.GS
+    if gs.ACCUMULATION_STEPS < 1:
+        raise ValueError(f"SOLVER.GS.ACCUMULATION_STEPS must be at least 1, got {gs.ACCUMULATION_STEPS}")
+    if gs.NONFINITE_LOSS not in ("stop", "skip"):
+        raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.GS.AUTOCAST_DTYPE == "bfloat16":
+        raise ValueError(
+            "SOLVER.AMP.ENABLED trains in float16 and MODEL.GS.AUTOCAST_DTYPE bfloat16 in bfloat16: "
+            'set SOLVER.AMP.ENABLED False, or MODEL.GS.AUTOCAST_DTYPE ""'
+        )
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise ValueError(
+            "SOLVER.AMP.ENABLED needs a GPU, and MODEL.DEVICE is cpu: "
+            "set SOLVER.AMP.ENABLED False and, if wanted, MODEL.GS.AUTOCAST_DTYPE bfloat16"
         )
 
 

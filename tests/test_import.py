@@ -72,7 +72,7 @@ def test_ops_need_torch_only():
 def test_without_detectron2_there_is_one_message():
     *messages, evaluator, script, ops = run("""
         Hide.names = ("detectron2",)
-        for name in ("gs_d2.config", "gs_d2.data", "gs_d2.inference", "gs_d2.modeling"):
+        for name in ("gs_d2.config", "gs_d2.data", "gs_d2.engine", "gs_d2.inference", "gs_d2.modeling"):
             print(message_of(name))
         import gs_d2.evaluation
         gs_d2.evaluation.evaluate_wider_face  # the protocols do without
@@ -88,7 +88,7 @@ def test_without_detectron2_there_is_one_message():
         import gs_d2.ops
         print(gs_d2.ops.__name__)
     """)
-    assert len(set(messages)) == 1 and len(messages) == 4
+    assert len(set(messages)) == 1 and len(messages) == 5
     assert "need Detectron2, which does not import here (No module named 'detectron2')" in messages[0]
     assert "python tools/install_detectron2.py" in messages[0]
     assert evaluator == messages[0]
@@ -201,6 +201,7 @@ def test_config_keys():
             "GROUP_SAMPLING GROUP_SCALES SAMPLER SECOND_PASS IGNORE_THRESH ANCHOR_STRIDES CHECK_DEFAULTS",
         ),
         (cfg.INPUT.GS, "SCALES MAX_CROP_SIZE MIN_FACE_SIZE"),
+        (cfg.SOLVER.GS, "ACCUMULATION_STEPS NONFINITE_LOSS"),
         (cfg.TEST.GS, "SCORE_THRESH PYRAMID SCALES MAX_SIZE FLIP BOX_VOTING LEVEL_BOX_SIZE"),
     ):
         assert set(keys.split()) <= set(node)

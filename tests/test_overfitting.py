@@ -8,6 +8,7 @@ from detectron2.utils.env import seed_all_rng
 
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import register_wider_face
+from gs_d2.engine import Trainer
 
 SOLVER = """
     SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.02 SOLVER.WARMUP_ITERS 20 SOLVER.MAX_ITER 200 SOLVER.STEPS (140,180)
@@ -37,8 +38,7 @@ def four_images(load_script, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["demo", "two_stage"])
-def test_finds_the_faces_it_was_trained_on(config, four_images, load_script, tmp_path):
-    train_net = load_script("train_net.py")
+def test_finds_the_faces_it_was_trained_on(config, four_images, tmp_path):
     cfg = get_cfg()
     add_gs_config(cfg)
     cfg.merge_from_file(f"configs/quick/{config}.yaml")
@@ -49,7 +49,7 @@ def test_finds_the_faces_it_was_trained_on(config, four_images, load_script, tmp
     torch.set_num_threads(1)
     try:
         seed_all_rng(1)
-        trainer = train_net.Trainer(cfg)
+        trainer = Trainer(cfg)
         trainer.train()
         found = {"as configured": trainer.test(cfg, trainer.model)["wider_face"]["all"]}
         if config == "two_stage":  # nor does the mean hide a second stage that learned nothing

@@ -12,6 +12,7 @@ are named and left out.
 import argparse
 import collections
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -22,13 +23,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from gs_d2.config import load_config  # isort: skip
-from gs_d2.data import build_train_loader  # isort: skip
+from gs_d2.engine import Trainer  # isort: skip
 from gs_d2.formats.images import as_rgb  # isort: skip
 from gs_d2.visualization import draw_annotations  # isort: skip
 
 from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
-from detectron2.utils.env import seed_all_rng
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +48,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         cfg = load_config(args.config_file, args.opts)
-        seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
         visualize = from_annotations if args.source == "annotation" else from_dataloader
         write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)
     except (OSError, KeyError, ValueError, AssertionError, RuntimeError) as error:
@@ -91,7 +90,9 @@ def from_annotations(cfg, num_images):
 def from_dataloader(cfg, num_images):
     """(image_id, picture) of what the training loop would get."""
     num_images = num_images or len(load_records(cfg))
-    loader = build_train_loader(cfg)
+    if cfg.SEED < 0:
+        cfg.SEED = secrets.randbelow(2**31)  # other views with every start
+    loader = Trainer.build_train_loader(cfg)
     with tqdm(total=num_images, desc="drawing", unit="image") as bar:
         for batch in loader:
             for view in batch:

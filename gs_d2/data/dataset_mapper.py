@@ -71,7 +71,7 @@ class FaceDatasetMapper:
             FileNotFoundError: there is no such image.
             BadDataError: the image cannot be read (see :func:`gs_d2.formats.images.as_rgb`), has not the `height` and
                 `width` that the dict gives, or the boxes have NaN or infinity; names the file. Nothing random has been
-                drawn by then. :func:`gs_d2.data.build_train_loader` takes another image in its place.
+                drawn by then. :func:`gs_d2.data.loaders.TrainingViews` takes another image in its place.
         """
         result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
         image = self._read(dataset_dict)

@@ -1,4 +1,4 @@
-"""The loaders of train_net.py: training goes on without bad images, and testing does not begin with any missing."""
+"""What train_net.py loads: training goes on without bad images, and testing does not begin with any missing."""
 
 import logging
 
@@ -8,7 +8,6 @@ from detectron2.data import (
     DatasetFromList,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 
@@ -19,15 +18,10 @@ _MAX_TRIES = 100  # of images in place of a bad one
 _logger = logging.getLogger(__name__)
 
 
-def build_train_loader(cfg):
-    """Detectron2's training loader of cfg.DATASETS.TRAIN with the project's augmentation, which survives bad data.
-
-    What :class:`TrainingViews` says of bad images and boxes holds for all loader workers of a process together: they
-    share what they know of the images.
-    """
+def build_training_views(cfg) -> "TrainingViews":
+    """The views of cfg.DATASETS.TRAIN by the project's augmentation; :class:`gs_d2.engine.TrainLoader` batches them."""
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    views = TrainingViews(records, FaceDatasetMapper(cfg, is_train=True))
-    return build_detection_train_loader(cfg, dataset=views, mapper=_as_it_is)
+    return TrainingViews(records, FaceDatasetMapper(cfg, is_train=True))
 
 
 def build_test_loader(cfg, dataset_name: str):
@@ -49,7 +43,8 @@ class TrainingViews(torch.utils.data.Dataset):
 
     A bad image is reported once, with its name, and never opened again; so are boxes that cannot be of their image
     (:func:`gs_d2.data.dataset_mapper.off_the_image`). Which image takes its place is drawn with numpy's global
-    generator and does not depend on what other workers have found.
+    generator and does not depend on what other workers have found. The loader workers of a process share what they know
+    of the images.
 
     Args:
         records: dataset dicts.
@@ -108,7 +103,3 @@ class TrainingViews(torch.utils.data.Dataset):
                 f"Left out of training: {int(off.sum())} of {len(boxes)} boxes of {record['file_name']}, which is "
                 f"{width} x {height} pixels; the first is from x1, y1, x2, y2 = {first}"
             )
-
-
-def _as_it_is(view: dict) -> dict:
-    return view

@@ -10,9 +10,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from gs_d2.config import add_gs_config
-from gs_d2.data import build_test_loader, build_train_loader, register_wider_face
+from gs_d2.data import build_test_loader, register_wider_face
 from gs_d2.data.dataset_mapper import FaceDatasetMapper, off_the_image
 from gs_d2.data.loaders import TrainingViews
+from gs_d2.engine import Trainer
 
 NAME = "test_loaders"
 LOGGER = "gs_d2.data.loaders"
@@ -43,7 +44,9 @@ def data_set(tmp_path):
 def config(*opts):
     cfg = get_cfg()
     add_gs_config(cfg)
-    cfg.merge_from_list(["DATASETS.TRAIN", (NAME,), "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4, *opts])
+    cfg.merge_from_list(
+        ["DATASETS.TRAIN", (NAME,), "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4, "SEED", 1, *opts]
+    )
     cfg.merge_from_list(["INPUT.GS.SCALES", [1.0], "INPUT.FORMAT", "RGB", "INPUT.MIN_SIZE_TEST", 0])
     return cfg
 
@@ -65,7 +68,7 @@ def test_bad_images_are_reported_once_and_replaced(data_set, num_workers, tmp_pa
     handler = logging.FileHandler(log)  # workers are forks and write into it, too
     logging.getLogger(LOGGER).addHandler(handler)
     try:
-        taken = take(build_train_loader(config("DATALOADER.NUM_WORKERS", num_workers)), 30)
+        taken = take(Trainer.build_train_loader(config("DATALOADER.NUM_WORKERS", num_workers)), 30)
     finally:
         logging.getLogger(LOGGER).removeHandler(handler)
     assert len(taken) == 120 and set(taken) == {f"e/{i}" for i in range(10) if i not in (3, 7)}
@@ -99,7 +102,7 @@ def test_replacements_are_spread(data_set):
 def test_nothing_but_bad_images_is_an_error(data_set, num_workers):
     root = data_set(6, broken=range(6))
     with pytest.raises(RuntimeError, match="6 images drawn in a row cannot be used") as error:
-        take(build_train_loader(config("DATALOADER.NUM_WORKERS", num_workers)), 1)
+        take(Trainer.build_train_loader(config("DATALOADER.NUM_WORKERS", num_workers)), 1)
     assert f"such as {root}/e/" in str(error.value) and "6 of the 6 images" in str(error.value)
     assert "DETECTRON2_DATASETS" in str(error.value)
 

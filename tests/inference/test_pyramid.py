@@ -16,6 +16,7 @@ from small_detector import build, image
 from torchvision.ops import nms
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
+from gs_d2 import engine
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import register_wider_face
 from gs_d2.inference import PyramidDetector
@@ -342,7 +343,7 @@ def test_keeps_the_model_s_mode_and_refuses_training():
         detector([image(*SIZE)])
 
 
-# In train_net.py
+# In training
 
 
 @pytest.fixture
@@ -361,14 +362,13 @@ def drawn_cfg(drawn_datasets, tmp_path):
     MetadataCatalog.remove(name)
 
 
-def test_train_net_tests_on_the_pyramid(load_script, drawn_cfg, tmp_path):
-    train_net = load_script("train_net.py")
+def test_the_trainer_tests_on_the_pyramid(drawn_cfg, tmp_path):
     torch.manual_seed(0)
-    model = train_net.Trainer.build_model(drawn_cfg)
+    model = engine.Trainer.build_model(drawn_cfg)
     predictions = []
     for scales in (None, [1.0], [0.5, 1.0]):
         drawn_cfg.TEST.GS.PYRAMID, drawn_cfg.TEST.GS.SCALES = scales is not None, scales or [2.0]
-        figures = train_net.Trainer.test(drawn_cfg, model)["wider_face"]
+        figures = engine.Trainer.test(drawn_cfg, model)["wider_face"]
         assert 0 <= figures["all"] <= 100
         assert model.training, "evaluation gives the model back as it was"
         files = sorted((tmp_path / "inference").rglob("*.txt"))
@@ -377,19 +377,18 @@ def test_train_net_tests_on_the_pyramid(load_script, drawn_cfg, tmp_path):
     assert len(plain) == 4 and plain == one and plain != two
 
 
-def test_the_setting_is_printed_with_the_figures(load_script, drawn_cfg):
-    test_setting = load_script("train_net.py").test_setting
+def test_the_setting_is_printed_with_the_figures(drawn_cfg):
     drawn_cfg.TEST.GS.PYRAMID = True
     drawn_cfg.merge_from_list(["TEST.GS.SCALES", [1.0, 0.5], "TEST.GS.FLIP", True, "TEST.GS.LEVEL_BOX_SIZE", [16, 256]])
-    setting = test_setting(drawn_cfg)
+    setting = engine.test_setting(drawn_cfg)
     assert setting["test size"] == "0.5, 1 x original, sides <= 3000"
     assert (setting["flip"], setting["box voting"], setting["level box size"]) == (True, False, [16, 256])
     assert setting["boxes before NMS per level"] == 5000 and setting["NMS IoU"] == 0.5
     drawn_cfg.TEST.GS.PYRAMID = False
-    assert test_setting(drawn_cfg)["test size"] == "original"
+    assert engine.test_setting(drawn_cfg)["test size"] == "original"
 
 
-def test_wrong_settings_are_refused_before_training(load_script, drawn_cfg):
+def test_wrong_settings_are_refused_before_training(drawn_cfg):
     drawn_cfg.TEST.GS.PYRAMID, drawn_cfg.TEST.GS.SCALES = True, [0.0]
     with pytest.raises(ValueError, match=r"TEST\.GS\.SCALES"):
-        load_script("train_net.py").Trainer.build_model(drawn_cfg)
+        engine.Trainer.build_model(drawn_cfg)

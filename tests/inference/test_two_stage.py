@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from small_detector import DIVISIBILITY, SCALES, build, build_two_stage, image
 from torchvision.ops import nms
 
+from gs_d2 import engine
 from gs_d2.config import add_gs_config, detection_limits
 from gs_d2.inference import PyramidDetector
 from gs_d2.modeling import GroupedFastRCNN
@@ -121,7 +122,7 @@ def test_mirrored():
     torch.testing.assert_close(straight.pred_boxes.tensor, expected, rtol=1e-4, atol=1e-2)
 
 
-def test_box_voting_goes_by_the_detections_threshold(load_script):
+def test_box_voting_goes_by_the_detections_threshold():
     """Not by RPN.NMS_THRESH, which is of proposals in a two-stage detector; nor is that what is printed."""
     cfg = quick_cfg()
     cfg.TEST.GS.PYRAMID, cfg.TEST.GS.BOX_VOTING = True, True
@@ -129,7 +130,7 @@ def test_box_voting_goes_by_the_detections_threshold(load_script):
     model = build_two_stage()
     assert PyramidDetector(cfg, model).voting_thresh == model.nms_thresh == 0.5
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE = 100, 150
-    setting = load_script("train_net.py").test_setting(cfg)
+    setting = engine.test_setting(cfg)
     assert (setting["NMS IoU"], setting["boxes per image"]) == (0.5, 150)
 
 

@@ -1,0 +1,172 @@
+"""One training iteration: its forward and backward passes, and one optimizer step unless a loss is not finite."""
+
+import contextlib
+import logging
+import math
+import time
+
+import torch
+from detectron2.engine import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch.nn.parallel import DistributedDataParallel
+
+from gs_d2.engine.nonfinite import save_batches
+from gs_d2.engine.seeding import STEP, seed_generators
+
+_MOST_SKIPPED_IN_A_ROW = 20
+_logger = logging.getLogger(__name__)
+
+
+class AccumulatingTrainer(TrainerBase):
+    """What `DefaultTrainer` calls its `_trainer`, in place of Detectron2's SimpleTrainer and AMPTrainer.
+
+    Each iteration runs `accumulation_steps` batches forward and backward and averages their gradients. Before each
+    pass the random generators are set by (seed, iteration, pass, rank), so that a resumed run draws what an
+    uninterrupted one does. The losses are read once an iteration, in one transfer, and all processes see those of all.
+    """
+
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        *,
+        output_dir: str,
+        seed: int,
+        accumulation_steps: int = 1,
+        amp: bool = False,
+        nonfinite_loss: str = "stop",
+    ):
+        """
+        Args:
+            model: returns a dict of scalar losses; possibly wrapped by DistributedDataParallel.
+            data_loader: iterable over batches; its `seek(iteration)` is called before the first, if it has one.
+            output_dir: where a batch with a non-finite loss is saved.
+            seed: >= 0, the same in all processes.
+            amp: forward passes in float16 with a scaled loss; needs a GPU.
+            nonfinite_loss: "stop", or "skip" to leave such an iteration's step out, in all processes.
+        """
+        super().__init__()
+        model.train()
+        self.model, self.data_loader, self.optimizer = model, data_loader, optimizer
+        self.seed, self.accumulation_steps, self.amp = seed, accumulation_steps, amp
+        self.output_dir, self.nonfinite_loss = output_dir, nonfinite_loss
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
+        self._batches = None
+        self._skipped = self._skipped_in_a_row = 0
+
+    def run_step(self):
+        """
+        Raises:
+            FloatingPointError: a loss is infinite or NaN, in every process; it names the images and the file that
+                holds the batch. With "skip" only after 20 such iterations in a row.
+        """
+        if not self.model.training:
+            raise RuntimeError("the model was put into eval mode during training; call model.train() after evaluating")
+        if self._batches is None:
+            if hasattr(self.data_loader, "seek"):
+                self.data_loader.seek(self.iter)
+            self._batches = iter(self.data_loader)
+        self.optimizer.zero_grad()
+        batches, losses, data_time = [], [], 0.0
+        for index in range(self.accumulation_steps):
+            start = time.perf_counter()
+            batches.append(next(self._batches))
+            data_time += time.perf_counter() - start
+            # After loading, which without workers seeds this process's generators for each image.
+            seed_generators(self.seed, STEP, self.iter, index, comm.get_rank())
+            with self._synchronized(index + 1 == self.accumulation_steps):
+                losses.append(self._forward_backward(batches))
+        everyone = comm.all_gather((_mean_losses(losses), data_time))
+        of_ranks = [means for means, _ in everyone]
+        if not all(math.isfinite(value) for means in of_ranks for value in means.values()):
+            self._handle_nonfinite(batches, of_ranks)
+            return
+        self._skipped_in_a_row = 0
+        _write_metrics(of_ranks, max(seconds for _, seconds in everyone))
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _synchronized(self, yes: bool):
+        """Gradients travel between processes with the last backward pass of an iteration only."""
+        if yes or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _forward_backward(self, batches) -> dict:
+        """One pass over the last batch; its losses, detached."""
+        try:
+            with torch.autocast("cuda", torch.float16) if self.amp else contextlib.nullcontext():
+                losses = self.model(batches[-1])
+        except FloatingPointError as error:  # Detectron2's own RPN looks at its boxes; other processes cannot know
+            raise FloatingPointError(f"{error}\n{self._save(batches, {})}") from error
+        total = sum(losses.values()) / self.accumulation_steps
+        self.grad_scaler.scale(total).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _handle_nonfinite(self, batches, of_ranks: list[dict]):
+        """Skips or stops; every process has the same `of_ranks` and so decides alike."""
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        stop = self.nonfinite_loss == "stop" or self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW
+        own = of_ranks[comm.get_rank()]
+        report = None
+        if not all(math.isfinite(value) for value in own.values()):
+            report = f"  rank {comm.get_rank()}: {own}\n"
+            report += self._save(batches, own) if stop else f"  its images: {_file_names(batches)}"
+        reports = "\n".join(text for text in comm.all_gather(report) if text)
+        message = f"The loss became infinite or NaN in iteration {self.iter}:\n{reports}"
+        if not stop:
+            _logger.warning(f"{message}\nThis iteration's step is left out (SOLVER.GS.NONFINITE_LOSS skip).")
+            if comm.is_main_process():
+                get_event_storage().put_scalar("skipped_steps", self._skipped, smoothing_hint=False)
+            return
+        if self.nonfinite_loss == "skip":
+            message += f"\nIt is the last of {self._skipped_in_a_row} such iterations in a row: training has diverged."
+        else:
+            message += "\nA lower SOLVER.BASE_LR or gradient clipping may help; SOLVER.GS.NONFINITE_LOSS skip goes on."
+        raise FloatingPointError(message)
+
+    def _save(self, batches, losses: dict) -> str:
+        """Saves what this iteration has loaded, and says where."""
+        path = f"{self.output_dir}/nonfinite_{self.iter}_rank{comm.get_rank()}.pth"
+        names = f"  its images: {_file_names(batches)}\n"
+        try:
+            save_batches(path, batches, iteration=self.iter, losses=losses)
+        except (OSError, RuntimeError) as error:
+            return f"{names}  the batch could not be saved: {error}"
+        return f"{names}  saved in {path}; read it with torch.load(path, weights_only=True)"
+
+    def state_dict(self):
+        state = {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.amp:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if self.amp and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _mean_losses(passes: list[dict]) -> dict:
+    """Each loss, averaged over the passes, as a float. The only wait for the GPU in an iteration."""
+    values = torch.stack([torch.stack([loss.float() for loss in losses.values()]) for losses in passes])
+    return dict(zip(passes[0], values.mean(dim=0).tolist(), strict=True))
+
+
+def _write_metrics(of_ranks: list[dict], data_time: float):
+    if not comm.is_main_process():
+        return
+    storage = get_event_storage()
+    means = {name: sum(losses[name] for losses in of_ranks) / len(of_ranks) for name in of_ranks[0]}
+    storage.put_scalar("data_time", data_time)  # the slowest process's, for which the others wait
+    storage.put_scalar("total_loss", sum(means.values()))
+    if len(means) > 1:
+        storage.put_scalars(**means)
+
+
+def _file_names(batches) -> str:
+    return ", ".join(str(image.get("file_name", "?")) for batch in batches for image in batch)

@@ -1,0 +1,117 @@
+"""Training runs of a few tiny iterations, in fresh processes: alone, or two that form a gloo group."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+_CONTEXT = multiprocessing.get_context("forkserver")  # each run is a fork of a process that has imported everything
+_CONTEXT.set_forkserver_preload(["gs_d2.engine", "tensorboard", "torch.utils.tensorboard", "runs"])
+SMALL = """
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,) SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 100
+    INPUT.GS.SCALES [1.0,1.25] INPUT.GS.MAX_CROP_SIZE 96 DATALOADER.NUM_WORKERS 0 TEST.EVAL_PERIOD 0
+    MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32
+""".split()
+
+
+def small_config(datasets, output, *opts):
+    """The demo's config on the session's drawn images, without tests; `opts` are keys and values."""
+    from detectron2.config import get_cfg
+    from detectron2.data import DatasetCatalog
+
+    from gs_d2.config import add_gs_config
+    from gs_d2.data import register_wider_face
+
+    if "engine_train" not in DatasetCatalog.list():
+        base = Path(datasets) / "widerface"
+        annotations = base / "wider_face_split" / "wider_face_train_bbx_gt.txt"
+        register_wider_face("engine_train", annotations, base / "WIDER_train" / "images")
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs/quick/demo.yaml"))
+    cfg.merge_from_list([*SMALL, "DATASETS.TRAIN", ("engine_train",), "DATASETS.TEST", (), "OUTPUT_DIR", str(output)])
+    cfg.merge_from_list([str(opt) for opt in opts])
+    return cfg
+
+
+def train(datasets, output, *opts, resume=False, prepare=None):
+    """What train_net.py does; `prepare(trainer)` is called before training, and what it returns is returned."""
+    from detectron2.utils import comm
+    from detectron2.utils.env import seed_all_rng
+
+    from gs_d2.engine import Trainer
+
+    Path(output).mkdir(parents=True, exist_ok=True)
+    cfg = small_config(datasets, output, *opts)
+    seed_all_rng(cfg.SEED + comm.get_rank() if cfg.SEED >= 0 else None)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    result = prepare(trainer) if prepare else None
+    trainer.train()
+    return result
+
+
+def final(output) -> dict:
+    """The last checkpoint."""
+    return torch.load(Path(output) / "model_final.pth", weights_only=False)
+
+
+def assert_same_bits(a, b):
+    """Of two state dicts."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
+
+
+class Processes:
+    """`function(*arguments)` in `world_size` processes at once; with more than one they form a gloo group.
+
+    `wait()` returns what each of them returned; `exitcodes()` waits, and minds no failure.
+    """
+
+    def __init__(self, function, *arguments, world_size=1, **keywords):
+        self._queue = _CONTEXT.SimpleQueue()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._processes = [
+            _CONTEXT.Process(target=_run, args=(self._queue, rank, world_size, port, function, arguments, keywords))
+            for rank in range(world_size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def exitcodes(self):
+        for process in self._processes:
+            process.join(timeout=240)
+        return [process.exitcode for process in self._processes]
+
+    def wait(self) -> list:
+        results = dict(self._queue.get() for _ in self._processes)
+        self.exitcodes()
+        for result in results.values():
+            if isinstance(result, str) and result.startswith("Traceback"):
+                raise AssertionError(result)
+        return [results[rank] for rank in range(len(results))]
+
+
+def _run(queue, rank, world_size, port, function, arguments, keywords):
+    torch.set_num_threads(1)
+    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.1  # how soon workers see that a killed process is gone
+    try:
+        if world_size > 1:
+            from gs_d2 import compat
+
+            address = f"tcp://127.0.0.1:{port}"
+            torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+            compat.create_local_process_group(world_size)
+        result = function(*arguments, **keywords)
+    except BaseException:
+        result = traceback.format_exc()
+    queue.put((rank, result))
+    if world_size > 1:
+        os._exit(0)  # gloo's threads, which Detectron2 keeps a group of, now and then abort an orderly exit
