@@ -12,6 +12,8 @@ from gs_d2.modeling.rpn import GroupSamplingRPN
 from gs_d2.modeling.rpn_heads import DilatedRPNHead, SoftmaxRPNHead
 from gs_d2.modeling.sampling import GroupSampler
 
+from gs_d2.modeling import pipelines  # noqa: F401  isort: skip
+
 __all__ = [
     "DilatedRPNHead",
     "GroupLoss",
