@@ -97,6 +97,7 @@ class DilatedRPNHead(nn.Module):
 
 
 def init_predictors(*layers: nn.Conv2d):
+    """How the last layers of a head start: near zero, so that every anchor begins with equal odds and its own box."""
     for layer in layers:
         nn.init.normal_(layer.weight, std=0.01)
         nn.init.zeros_(layer.bias)

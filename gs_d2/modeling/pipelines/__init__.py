@@ -1,3 +1,20 @@
-"""The paper's Table 6: group sampling in other detectors. Each module is one of them, registered on import."""
+"""Detectors of other papers, for Table 6: each a module of its own, registered with Detectron2 on import."""
 
-from gs_d2.modeling.pipelines import darknet, rfcn, yolov3  # noqa: F401
+from gs_d2.modeling.pipelines.darknet import Darknet53, build_darknet53_backbone
+from gs_d2.modeling.pipelines.retinaface import RetinaFaceHead, build_retinaface_resnet_fpn_backbone
+from gs_d2.modeling.pipelines.rfcn import PositionSensitiveROIHeads
+from gs_d2.modeling.pipelines.ssd import SSDHead, build_resnet_ssd_backbone
+from gs_d2.modeling.pipelines.yolov3 import YOLOv3Head, YOLOv3Neck, build_darknet53_yolov3_backbone
+
+__all__ = [
+    "Darknet53",
+    "PositionSensitiveROIHeads",
+    "RetinaFaceHead",
+    "SSDHead",
+    "YOLOv3Head",
+    "YOLOv3Neck",
+    "build_darknet53_backbone",
+    "build_darknet53_yolov3_backbone",
+    "build_resnet_ssd_backbone",
+    "build_retinaface_resnet_fpn_backbone",
+]

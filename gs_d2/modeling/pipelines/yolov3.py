@@ -4,15 +4,13 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
 
 from gs_d2.modeling.pipelines.darknet import build_darknet53_backbone, darknet_conv
-from gs_d2.modeling.rpn_heads import init_predictors
+from gs_d2.modeling.pipelines.ssd import SSDHead
 
 
 class YOLOv3Level(nn.Module):
@@ -100,31 +98,7 @@ def build_darknet53_yolov3_backbone(cfg, input_shape: ShapeSpec):
 
 
 @RPN_HEAD_REGISTRY.register()
-class YOLOv3Head(nn.Module):
-    """For each feature map its own 1x1 convolutions to two logits and four deltas per anchor."""
+class YOLOv3Head(SSDHead):
+    """Predictors of its own for every map, as SSD's, but 1x1: the 3x3 convolution before them is the neck's last."""
 
-    @configurable
-    def __init__(self, *, in_channels: list[int], num_anchors: list[int]):
-        """
-        Args:
-            in_channels, num_anchors: channels and anchors per cell of each feature map.
-        """
-        super().__init__()
-        per_map = list(zip(in_channels, num_anchors, strict=True))
-        self.objectness_logits = nn.ModuleList(nn.Conv2d(c, 2 * a, kernel_size=1) for c, a in per_map)
-        self.anchor_deltas = nn.ModuleList(nn.Conv2d(c, 4 * a, kernel_size=1) for c, a in per_map)
-        init_predictors(*self.objectness_logits, *self.anchor_deltas)
-
-    @classmethod
-    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        return {
-            "in_channels": [shape.channels for shape in input_shape],
-            "num_anchors": build_anchor_generator(cfg, input_shape).num_anchors,
-        }
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """As :meth:`gs_d2.modeling.SoftmaxRPNHead.forward`."""
-        return (
-            [layer(x) for layer, x in zip(self.objectness_logits, features, strict=True)],
-            [layer(x) for layer, x in zip(self.anchor_deltas, features, strict=True)],
-        )
+    kernel_size = 1
