@@ -62,7 +62,7 @@ class PositionSensitiveROIHeads(GroupedHeads):
         heads, head = super().from_config(cfg, input_shape), cfg.MODEL.ROI_BOX_HEAD
         shape = input_shape[heads["in_features"][0]]
         poolers = {
-            "PSROIPool": ps_roi_pool,
+            "PSROIPool": _pool_by_cells,
             "PSROIAlign": partial(ps_roi_align, sampling_ratio=head.POOLER_SAMPLING_RATIO),
         }
         if head.POOLER_TYPE not in poolers:
@@ -85,3 +85,8 @@ class PositionSensitiveROIHeads(GroupedHeads):
         rois = [x.tensor for x in boxes_of_rows(boxes, rows)]
         logits, deltas = (self.pool(layer(hidden).float(), rois) for layer in (self.cls_maps, self.delta_maps))
         return logits.mean(dim=(2, 3)), deltas.mean(dim=(2, 3))
+
+
+def _pool_by_cells(maps: Tensor, rois: list[Tensor], **pooling) -> Tensor:
+    # torchvision never reads the last row and column of a map (it clips bins to them, exclusively); R-FCN does.
+    return ps_roi_pool(nn.functional.pad(maps, (0, 1, 0, 1)), rois, **pooling)
