@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_proposal_generator, build_roi_heads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from small_pipelines import PIPELINES
@@ -105,14 +105,16 @@ def test_it_is_grouped_heads_but_for_the_prediction():
 
 @pytest.mark.parametrize("sampling", [False, True])
 def test_group_sampling_is_of_the_first_stage_alone(sampling):
-    model = build_model(RFCN.cfg(sampling))
-    first, second = (part.group_loss.sampler for part in (model.proposal_generator, model.roi_heads))
+    cfg = RFCN.cfg(sampling)
+    with torch.device("meta"):
+        shapes = build_backbone(cfg).output_shape()
+    assert shapes["res4"].stride == shapes["res5"].stride == 16
+    heads = build_roi_heads(cfg, shapes)
+    assert (heads.cls_maps.out_channels, heads.delta_maps.out_channels) == (2 * 49, 4 * 49)
+    first, second = (x.group_loss.sampler for x in (build_proposal_generator(cfg, shapes), heads))
     assert (first.num_groups, first.num_per_group) == (4 if sampling else 1, 2048)
     assert (second.num_groups, second.num_per_group, second.method) == (1, 512, "random")
     assert first.positive_fraction == second.positive_fraction == 0.25
-    shapes = model.backbone.output_shape()
-    assert shapes["res4"].stride == shapes["res5"].stride == 16
-    assert (model.roi_heads.cls_maps.out_channels, model.roi_heads.delta_maps.out_channels) == (2 * 49, 4 * 49)
 
 
 def test_ohem_may_be_turned_on():
