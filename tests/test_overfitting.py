@@ -5,6 +5,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
+from small_pipelines import PIPELINES
 
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import register_wider_face
@@ -35,27 +36,50 @@ def four_images(load_script, tmp_path_factory):
     MetadataCatalog.remove(name)
 
 
+@pytest.fixture
+def one_thread():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def trained(four_images, load_script, tmp_path, one_thread):
+    """cfg -> a trainer of the four images that is done, and a function that gives its model's AP on All, in percent."""
+
+    def train(cfg):
+        cfg.merge_from_list([*SOLVER, "DATASETS.TRAIN", (four_images,), "DATASETS.TEST", (four_images,)])
+        cfg.OUTPUT_DIR = str(tmp_path)
+        check_config(cfg)
+        seed_all_rng(1)
+        trainer = load_script("train_net.py").Trainer(cfg)
+        trainer.train()
+        return trainer, lambda: trainer.test(cfg, trainer.model)["wider_face"]["all"]
+
+    return train
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["demo", "two_stage"])
-def test_finds_the_faces_it_was_trained_on(config, four_images, load_script, tmp_path):
-    train_net = load_script("train_net.py")
+def test_finds_the_faces_it_was_trained_on(config, trained):
     cfg = get_cfg()
     add_gs_config(cfg)
     cfg.merge_from_file(f"configs/quick/{config}.yaml")
-    cfg.merge_from_list([*SOLVER, "DATASETS.TRAIN", (four_images,), "DATASETS.TEST", (four_images,)])
-    cfg.OUTPUT_DIR = str(tmp_path)
-    check_config(cfg)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seed_all_rng(1)
-        trainer = train_net.Trainer(cfg)
-        trainer.train()
-        found = {"as configured": trainer.test(cfg, trainer.model)["wider_face"]["all"]}
-        if config == "two_stage":  # nor does the mean hide a second stage that learned nothing
-            trainer.model.roi_heads.score_ensemble = "none"
-            found["second stage alone"] = trainer.test(cfg, trainer.model)["wider_face"]["all"]
-    finally:
-        torch.set_num_threads(num_threads)
+    trainer, average_precision = trained(cfg)
+    found = {"as configured": average_precision()}
+    if config == "two_stage":  # nor does the mean hide a second stage that learned nothing
+        trainer.model.roi_heads.score_ensemble = "none"
+        found["second stage alone"] = average_precision()
     print(config, found)
     assert min(found.values()) >= 90, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [False, True], ids=["all anchors", "groups"])
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
+def test_every_pipeline_finds_the_faces_it_was_trained_on(pipeline, sampling, trained):
+    _, average_precision = trained(pipeline.cfg(sampling, small=True))
+    found = average_precision()
+    print(pipeline.name, "with groups" if sampling else "without groups", found)
+    assert found >= 80
