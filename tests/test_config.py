@@ -316,7 +316,7 @@ def test_trains_and_detects(name):
 
 
 # Heads with layers for each scale or map, which learn from faces of that scale.
-HEADS_WITH_LAYERS_OF_SCALES = ("DilatedRPNHead", "RetinaFaceHead", "SSDHead")
+HEADS_WITH_LAYERS_OF_SCALES = ("DilatedRPNHead", "RetinaFaceHead", "SSDHead", "YOLOv3Head")
 
 
 @functools.cache  # files that differ only in their data train the same model
@@ -331,7 +331,8 @@ def train_and_detect(settings: str):
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)  # its warm-up keeps a net from random weights finite
     before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
-    scales = sorted(size for row in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in row)
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    scales = sorted(sizes[0] if len(sizes) == 1 else [min(sizes_of_map) for sizes_of_map in sizes])
     if cfg.MODEL.RPN.HEAD_NAME not in HEADS_WITH_LAYERS_OF_SCALES:
         scales = scales[:1]
     with EventStorage():

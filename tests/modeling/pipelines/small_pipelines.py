@@ -32,11 +32,13 @@ class Pipeline:
     Attributes:
         small: config overrides, "KEY value KEY value ...", that make it small.
         resnet: whether MODEL.WEIGHTS are those of an ImageNet ResNet-50.
+        smallest_face: in pixels, that it can learn: much smaller ones no anchor overlaps by 0.4.
     """
 
     name: str
     small: str
     resnet: bool = True
+    smallest_face: int = 16
 
     def cfg(self, sampling: bool, small: bool = False, weights: bool = False):
         """The config of a row, on the CPU, and without weights unless they are asked for."""
@@ -56,5 +58,5 @@ PIPELINES = [
     Pipeline("retinaface", f"{RESNET_18} MODEL.FPN.OUT_CHANNELS 64"),
     Pipeline("ssd", f"{RESNET_18} MODEL.FPN.OUT_CHANNELS 64"),
     Pipeline("yolov3", "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.NORM BN", resnet=False),
-    Pipeline("rfcn", f"{NARROW_RESNET_50} {SMALL_SECOND_STAGE}"),
+    Pipeline("rfcn", f"{NARROW_RESNET_50} {SMALL_SECOND_STAGE}", smallest_face=32),
 ]
