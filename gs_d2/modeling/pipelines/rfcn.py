@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import fvcore.nn.weight_init as weight_init
+import torch
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
@@ -87,6 +88,11 @@ class PositionSensitiveROIHeads(GroupedHeads):
         return logits.mean(dim=(2, 3)), deltas.mean(dim=(2, 3))
 
 
-def _pool_by_cells(maps: Tensor, rois: list[Tensor], **pooling) -> Tensor:
-    # torchvision never reads the last row and column of a map (it clips bins to them, exclusively); R-FCN does.
-    return ps_roi_pool(nn.functional.pad(maps, (0, 1, 0, 1)), rois, **pooling)
+def _pool_by_cells(maps: Tensor, rois: list[Tensor], *, output_size: int, spatial_scale: float) -> Tensor:
+    """R-FCN's pooling, where torchvision's own would lose faces at an image's lower and right edge."""
+    # A box there may round to beyond the map and pool nothing, for a score of 0.5 that no training changes: it has the
+    # last cell at least.
+    last_y, last_x = ((size - 1) / spatial_scale for size in maps.shape[-2:])
+    rois = [torch.stack([x[:, 0].clamp(max=last_x), x[:, 1].clamp(max=last_y), x[:, 2], x[:, 3]], dim=1) for x in rois]
+    # torchvision clips bins to the last row and column exclusively, and so never reads those.
+    return ps_roi_pool(nn.functional.pad(maps, (0, 1, 0, 1)), rois, output_size, spatial_scale)

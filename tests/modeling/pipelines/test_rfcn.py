@@ -29,11 +29,16 @@ def build(*opts, in_channels=6, resolution=3):
 
 BOXES = torch.tensor(
     [
-        [[3.0, 5, 100, 120], [40, 40, 56, 56], [0, 0, 159, 127], [70.5, 10, 75, 14]],  # the last within one cell
+        [
+            [3.0, 5, 100, 120],
+            [155, 60, 160, 90],
+            [0, 0, 159, 127],
+            [70.5, 10, 75, 14],
+        ],  # the second rounds to beyond the map, the last to no width
         [[100.0, 60, 190, 200], [-20, -30, 60, 50], [20, 20, 52, 90], [16, 16, 48, 80]],  # some beyond the map
     ]
 )
-ROWS = torch.tensor([0, 2, 4, 5, 6, 7])
+ROWS = torch.tensor([0, 1, 2, 3, 4, 5])
 
 
 def features(channels=6):
@@ -48,6 +53,7 @@ def literal_vote(maps, box, k):
     """maps [C k k, H, W] -> [C]: the mean over bins of the mean of the bin's own map within it."""
     channels, height, width = len(maps) // k**2, *maps.shape[1:]
     x1, y1, x2, y2 = (rounded(float(value)) for value in box)
+    x1, y1 = min(x1, width - 1), min(y1, height - 1)
     bin_width, bin_height = max(x2 - x1, 1) / k, max(y2 - y1, 1) / k
     votes = []
     for channel in range(channels):
@@ -61,7 +67,7 @@ def literal_vote(maps, box, k):
                     for y in range(max(top, 0), min(bottom, height))
                     for x in range(max(left, 0), min(right, width))
                 ]
-                total += sum(cells) / len(cells) if cells else 0.0
+                total += sum(cells) / len(cells) if cells else 0.0  # what reaches beyond the map counts for nothing
         votes.append(total / k**2)
     return torch.tensor(votes)
 
