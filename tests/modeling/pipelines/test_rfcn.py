@@ -34,7 +34,7 @@ BOXES = torch.tensor(
             [155, 60, 160, 90],
             [0, 0, 159, 127],
             [70.5, 10, 75, 14],
-        ],  # the second rounds to beyond the map, the last to no width
+        ],  # the second rounds to beyond the map
         [[100.0, 60, 190, 200], [-20, -30, 60, 50], [20, 20, 52, 90], [16, 16, 48, 80]],  # some beyond the map
     ]
 )
