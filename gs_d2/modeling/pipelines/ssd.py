@@ -18,16 +18,18 @@ from gs_d2.modeling.rpn_heads import init_predictors
 class ExtraMaps(Backbone):
     """A backbone and above it `extra1`, `extra2`, ..., each of twice the stride of the map below.
 
-    An extra map is a 1x1 convolution to half its channels and a 3x3 convolution of stride 2, as in SSD.
+    An extra map is a 1x1 convolution to half its channels and a 3x3 convolution of stride 2, as in SSD. Each map is
+    given through a 3x3 convolution of its own, for predictors of one layer diverge on the thousands of channels of maps
+    as they are.
     """
 
     def __init__(self, bottom_up: Backbone, num_extra: int, out_channels: int, norm: str = ""):
         """
         Args:
-            bottom_up: all of its maps are passed on; the last is its coarsest.
+            bottom_up: all of its maps are used; the last is its coarsest.
             num_extra: maps to add.
-            out_channels: channels of every added map, even.
-            norm: normalisation after each added convolution, see :func:`detectron2.layers.get_norm`; "" is none.
+            out_channels: channels of every map that is given, even.
+            norm: normalisation after each convolution here, see :func:`detectron2.layers.get_norm`; "" is none.
         """
         super().__init__()
         self.bottom_up = bottom_up
@@ -45,21 +47,30 @@ class ExtraMaps(Backbone):
             )
             below = ShapeSpec(channels=out_channels, stride=2 * below.stride)
             self._shapes[name] = below
+        self.branches = nn.ModuleDict(
+            {
+                name: _conv_relu(shape.channels, out_channels, norm, kernel_size=3, padding=1)
+                for name, shape in self._shapes.items()
+            }
+        )
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return self._shapes
+        return {
+            name: ShapeSpec(channels=self.branches[name].out_channels, stride=shape.stride)
+            for name, shape in self._shapes.items()
+        }
 
     @property
     def size_divisibility(self) -> int:
         return self.bottom_up.size_divisibility
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Image [N, 3, H, W] -> {"res2": [N, C, H/4, W/4], ..., "extra1": ...}, sizes rounded up."""
+        """Image [N, 3, H, W] -> {"res2": [N, C, H/4, W/4], ..., "extra1": ...}, sizes rounded up; not negative."""
         outputs = dict(self.bottom_up(image))
         x = outputs[self._top]
         for name in self._extra_names:
             outputs[name] = x = getattr(self, name)(x)
-        return outputs
+        return {name: branch(outputs[name]) for name, branch in self.branches.items()}
 
 
 def _conv_relu(in_channels, out_channels, norm, **conv):
@@ -77,7 +88,7 @@ def _conv_relu(in_channels, out_channels, norm, **conv):
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_ssd_backbone(cfg, input_shape: ShapeSpec):
-    """MODEL.RESNETS and two extra maps of MODEL.FPN.{OUT_CHANNELS, NORM}: with four stages six maps, as SSD300."""
+    """MODEL.RESNETS, two extra maps and MODEL.FPN.{OUT_CHANNELS, NORM}: with four stages six maps, as SSD300."""
     return ExtraMaps(
         bottom_up=build_resnet_backbone(cfg, input_shape),
         num_extra=2,
@@ -88,9 +99,7 @@ def build_resnet_ssd_backbone(cfg, input_shape: ShapeSpec):
 
 @RPN_HEAD_REGISTRY.register()
 class SSDHead(nn.Module):
-    """For every map 3x3 convolutions of its own to two logits and four deltas per anchor, and nothing between."""
-
-    kernel_size = 3
+    """For every map 1x1 convolutions of its own to two logits and four deltas per anchor."""
 
     @configurable
     def __init__(self, *, in_channels: list[int], num_anchors: list[int]):
@@ -101,9 +110,8 @@ class SSDHead(nn.Module):
         """
         super().__init__()
         maps = list(zip(in_channels, num_anchors, strict=True))
-        size = {"kernel_size": self.kernel_size, "padding": self.kernel_size // 2}
-        self.objectness_logits = nn.ModuleList(nn.Conv2d(c, 2 * a, **size) for c, a in maps)
-        self.anchor_deltas = nn.ModuleList(nn.Conv2d(c, 4 * a, **size) for c, a in maps)
+        self.objectness_logits = nn.ModuleList(nn.Conv2d(c, 2 * a, kernel_size=1) for c, a in maps)
+        self.anchor_deltas = nn.ModuleList(nn.Conv2d(c, 4 * a, kernel_size=1) for c, a in maps)
         init_predictors(*self.objectness_logits, *self.anchor_deltas)
 
     @classmethod

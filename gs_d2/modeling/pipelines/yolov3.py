@@ -99,6 +99,4 @@ def build_darknet53_yolov3_backbone(cfg, input_shape: ShapeSpec):
 
 @RPN_HEAD_REGISTRY.register()
 class YOLOv3Head(SSDHead):
-    """Predictors of its own for every map, as SSD's, but 1x1: the 3x3 convolution before them is the neck's last."""
-
-    kernel_size = 1
+    """1x1 predictors for each map, as SSD's: the 3x3 convolution before them is the neck's last."""

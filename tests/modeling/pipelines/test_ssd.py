@@ -36,6 +36,7 @@ def test_no_map_hears_of_a_coarser_one():
         assert stages_reached == [j <= i for j in range(len(names))]
         predictors = {x for x in reached if "rpn_head" in x}
         head = "proposal_generator.rpn_head"
+        assert {x.split(".")[2] for x in reached if "branches" in x} == {names[i]}
         assert predictors == {
             f"{head}.{layers}.{i}.{kind}"
             for layers in ("objectness_logits", "anchor_deltas")
@@ -51,7 +52,7 @@ def test_maps_may_differ_in_channels_and_anchors():
 
 
 def test_the_finest_map_is_trained():
-    """Its predictors are one layer: on frozen ImageNet features that is no face detector."""
+    """Nothing but its branch comes after it: too little to find faces in frozen ImageNet features."""
     model = build_model(PIPELINE.cfg(sampling=True))
     trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
     assert any(".res2." in name for name in trained) and not any(".stem." in name for name in trained)
