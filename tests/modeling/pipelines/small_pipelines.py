@@ -58,6 +58,10 @@ PIPELINES = [
     Pipeline("retinaface", f"{RESNET_18} MODEL.FPN.OUT_CHANNELS 64"),
     # With N = 2048 and no groups nearly all anchors are drawn, and 200 steps are too few for the positives among them.
     Pipeline("ssd", f"{RESNET_18} MODEL.FPN.OUT_CHANNELS 64 MODEL.RPN.BATCH_SIZE_PER_IMAGE 64"),
-    Pipeline("yolov3", "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.NORM BN", resnet=False),
-    Pipeline("rfcn", f"{NARROW_RESNET_50} {SMALL_SECOND_STAGE}", smallest_face=32),
+    Pipeline(
+        "yolov3",
+        "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.NORM BN MODEL.RPN.BATCH_SIZE_PER_IMAGE 64",
+        resnet=False,
+    ),
+    Pipeline("rfcn", f"{NARROW_RESNET_50} {SMALL_SECOND_STAGE} MODEL.RPN.BATCH_SIZE_PER_IMAGE 64", smallest_face=32),
 ]
