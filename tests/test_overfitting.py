@@ -1,10 +1,13 @@
 """The whole of training and testing at once: a detector that learns finds the faces it was trained on."""
 
+import functools
+
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
+from small_pipelines import PIPELINES
 
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import register_wider_face
@@ -19,43 +22,78 @@ SOLVER = """
 
 @pytest.fixture(scope="module")
 def four_images(load_script, tmp_path_factory):
-    """A data set of four drawn images whose faces have 16 px or more: no anchor overlaps much smaller ones by 0.4."""
-    root = tmp_path_factory.mktemp("four_images")
-    faces = load_script("tools/synthesize_faces.py")
-    faces.MIN_SCALE, faces.MAX_SCALE = 16, 96
-    faces.synthesize(root, {"val": 4}, (160, 128), seed=0)
-    name, base = "four_images", root / "widerface"
-    register_wider_face(
-        name,
-        base / "wider_face_split" / "wider_face_val_bbx_gt.txt",
-        base / "WIDER_val" / "images",
-        ground_truth_dir=base / "ground_truth",
-    )
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    """Smallest face in pixels -> the name of a data set of four drawn images, whose faces are no smaller."""
+    names = []
+
+    @functools.cache
+    def make(smallest):
+        root = tmp_path_factory.mktemp("four_images")
+        faces = load_script("tools/synthesize_faces.py")
+        faces.MIN_SCALE, faces.MAX_SCALE = smallest, 96
+        faces.synthesize(root, {"val": 4}, (160, 128), seed=0)
+        name, base = f"four_images_{smallest}", root / "widerface"
+        register_wider_face(
+            name,
+            base / "wider_face_split" / "wider_face_val_bbx_gt.txt",
+            base / "WIDER_val" / "images",
+            ground_truth_dir=base / "ground_truth",
+        )
+        names.append(name)
+        return name
+
+    yield make
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["demo", "two_stage"])
-def test_finds_the_faces_it_was_trained_on(config, four_images, tmp_path):
-    cfg = get_cfg()
-    add_gs_config(cfg)
-    cfg.merge_from_file(f"configs/quick/{config}.yaml")
-    cfg.merge_from_list([*SOLVER, "DATASETS.TRAIN", (four_images,), "DATASETS.TEST", (four_images,)])
-    cfg.OUTPUT_DIR = str(tmp_path)
-    check_config(cfg)
+@pytest.fixture
+def one_thread():
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def trained(four_images, tmp_path, one_thread):
+    """cfg and smallest face -> AP on All, in percent, of a model trained on the four images: as it is, and by a second
+    stage's scores alone."""
+
+    def train(cfg, smallest=16):
+        data = four_images(smallest)
+        cfg.merge_from_list([*SOLVER, "DATASETS.TRAIN", (data,), "DATASETS.TEST", (data,)])
+        cfg.OUTPUT_DIR = str(tmp_path)
+        check_config(cfg)
         seed_all_rng(1)
         trainer = Trainer(cfg)
         trainer.train()
         found = {"as configured": trainer.test(cfg, trainer.model)["wider_face"]["all"]}
-        if config == "two_stage":  # nor does the mean hide a second stage that learned nothing
+        if hasattr(trainer.model, "roi_heads"):  # the mean shall not hide a second stage that learned nothing
             trainer.model.roi_heads.score_ensemble = "none"
             found["second stage alone"] = trainer.test(cfg, trainer.model)["wider_face"]["all"]
-    finally:
-        torch.set_num_threads(num_threads)
+        return found
+
+    return train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["demo", "two_stage"])
+def test_finds_the_faces_it_was_trained_on(config, trained):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(f"configs/quick/{config}.yaml")
+    found = trained(cfg)
     print(config, found)
+    assert len(found) == 1 + (config == "two_stage")
     assert min(found.values()) >= 90, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [False, True], ids=["all anchors", "groups"])
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
+def test_every_pipeline_finds_the_faces_it_was_trained_on(pipeline, sampling, trained):
+    found = trained(pipeline.cfg(sampling, small=True), pipeline.smallest_face)
+    print(pipeline.name, "with groups" if sampling else "without groups", found)
+    # Not asked of R-FCN's second stage alone: its votes learn more slowly than 200 steps from random weights.
+    assert found["as configured"] >= 80, found

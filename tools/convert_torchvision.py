@@ -14,7 +14,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -107,21 +109,21 @@ def convert(state_dict: dict[str, torch.Tensor]) -> tuple[int, dict[str, np.ndar
     depth = min(DEPTHS, key=lambda depth: len(shapes[depth].keys() ^ found.keys()))
     expected = shapes[depth]
     if not expected.keys() & found.keys():
-        raise ValueError(f"not a torchvision ResNet: it holds {_listed(found)}")
+        raise ValueError(f"not a torchvision ResNet: it holds {listed(found)}")
     problems = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(f"missing {_listed(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if unknown := [name for name in found if name not in expected]:
-        problems.append(f"unknown {_listed(unknown)}")
+        problems.append(f"unknown {listed(unknown)}")
     both = [name for name in expected if name in found]
     if misshapen := [
         f"{name} {tuple(found[name].shape)} instead of {expected[name]}"
         for name in both
         if tuple(found[name].shape) != expected[name]
     ]:
-        problems.append(f"of another shape {_listed(misshapen)}")
+        problems.append(f"of another shape {listed(misshapen)}")
     elif unusable := [name for name in both if not _is_finite(found[name])]:
-        problems.append(f"not finite floating-point numbers {_listed(unusable)}")
+        problems.append(f"not finite floating-point numbers {listed(unusable)}")
     if problems:
         raise ValueError(f"not torchvision's ResNet-{depth}, the nearest: {'; '.join(problems)}")
     return depth, {detectron2_name(name): found[name].detach().float().numpy() for name in expected}
@@ -137,13 +139,18 @@ def detectron2_name(name: str) -> str:
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]):
-    """Whole or not at all."""
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    content = {"model": state, "__author__": "torchvision", "matching_heuristics": True}
+    replace_file(path, lambda file: torch.save(content, file))
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]):
+    """Writes a file whole or not at all, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "xb") as file:
-            state = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            torch.save({"model": state, "__author__": "torchvision", "matching_heuristics": True}, file)
+            write(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -160,7 +167,8 @@ def _is_finite(tensor):
     return plain and bool(torch.isfinite(tensor.detach().float()).all())
 
 
-def _listed(names):
+def listed(names) -> str:
+    """The first few, and how many more."""
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 

@@ -2,6 +2,7 @@
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
+from gs_d2.modeling import pipelines  # noqa: F401  (registers the detectors of Table 6)
 from gs_d2.modeling.anchors import ScaleStrideAnchorGenerator
 from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone
 from gs_d2.modeling.group_loss import GroupLoss

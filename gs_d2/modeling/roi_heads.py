@@ -24,13 +24,12 @@ _ENSEMBLES = {
 }
 
 
-@ROI_HEADS_REGISTRY.register()
-class GroupedROIHeads(nn.Module):
-    """Two-pass matching, group sampling by reference scale (eq. 4), the loss of eq. 2, and a score from both stages.
+class GroupedHeads(nn.Module):
+    """A second stage: two-pass matching, group sampling by reference scale (eq. 4), the loss of eq. 2, and a score from
+    both stages. Subclasses say how boxes are scored, in :meth:`_predict`.
 
-    The second stage of :class:`GroupedFastRCNN`, which applies NMS. Parameters are named as those of Detectron2's
-    ``StandardROIHeads``. Samplers that go by the loss score all proposals once without gradient, and train on those
-    drawn.
+    The second stage of :class:`GroupedFastRCNN`, which applies NMS. Samplers that go by the loss score all proposals
+    once without gradient, and train on those drawn.
     """
 
     @configurable
@@ -38,9 +37,6 @@ class GroupedROIHeads(nn.Module):
         self,
         *,
         in_features: list[str],
-        box_pooler: ROIPooler,
-        box_head: nn.Module,
-        box_predictor: nn.Module,
         num_classes: int,
         group_loss: GroupLoss,
         proposal_append_gt: bool = True,
@@ -51,8 +47,6 @@ class GroupedROIHeads(nn.Module):
         """
         Args:
             in_features: names of the feature maps that boxes are pooled from.
-            box_pooler, box_head: as in Detectron2.
-            box_predictor: gives logits [S, K + 1], background last, and deltas [S, 4] or [S, 4 K].
             num_classes: K.
             group_loss: which proposals are trained on, and what they cost; its `group_scales` are the reference scales.
             proposal_append_gt: in training also propose the ground truth.
@@ -64,9 +58,6 @@ class GroupedROIHeads(nn.Module):
         if score_ensemble not in _ENSEMBLES:
             raise ValueError(f"SCORE_ENSEMBLE must be one of {', '.join(_ENSEMBLES)}, got {score_ensemble!r}")
         self.in_features = in_features
-        self.box_pooler = box_pooler
-        self.box_head = box_head
-        self.box_predictor = box_predictor
         self.num_classes = num_classes
         self.group_loss = group_loss
         self.proposal_append_gt = proposal_append_gt
@@ -77,25 +68,8 @@ class GroupedROIHeads(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
         heads, head, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.GS.ROI
-        shapes = [input_shape[name] for name in heads.IN_FEATURES]
-        resolution = head.POOLER_RESOLUTION
-        box_head = build_box_head(cfg, ShapeSpec(channels=shapes[0].channels, height=resolution, width=resolution))
-        box2box_transform = Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS)
         return {
             "in_features": heads.IN_FEATURES,
-            "box_pooler": ROIPooler(
-                output_size=resolution,
-                scales=[1.0 / shape.stride for shape in shapes],
-                sampling_ratio=head.POOLER_SAMPLING_RATIO,
-                pooler_type=head.POOLER_TYPE,
-            ),
-            "box_head": box_head,
-            "box_predictor": FastRCNNOutputLayers(
-                box_head.output_shape,
-                box2box_transform=box2box_transform,
-                num_classes=heads.NUM_CLASSES,
-                cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
-            ),
             "num_classes": heads.NUM_CLASSES,
             "group_loss": GroupLoss.from_config(
                 cfg,
@@ -105,7 +79,7 @@ class GroupedROIHeads(nn.Module):
                 batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
                 positive_fraction=heads.POSITIVE_FRACTION,
                 name="roi_groups",
-                box2box_transform=box2box_transform,
+                box2box_transform=Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS),
                 box_reg_loss_type=head.BBOX_REG_LOSS_TYPE,
                 smooth_l1_beta=head.SMOOTH_L1_BETA,
             ),
@@ -140,7 +114,7 @@ class GroupedROIHeads(nn.Module):
         # Detectron2's ROIAlign rounds boxes to the maps' type: in bfloat16 to steps of 8 pixels from 1024 pixels on.
         maps = [features[name].float() for name in self.in_features]
         if self.training:
-            assert targets is not None, "GroupedROIHeads needs targets in training"
+            assert targets is not None, f"{type(self).__name__} needs targets in training"
             return [], self.losses(maps, [x.proposal_boxes for x in proposals], targets, ignore_boxes)
         return self.detect(maps, proposals), {}
 
@@ -217,12 +191,17 @@ class GroupedROIHeads(nn.Module):
         return results
 
     def _predict(self, maps: list[Tensor], boxes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [S, K + 1] and deltas [S, 4] or [S, 4 K] of rows of boxes [B * R, 4], float32; rows must ascend."""
-        num_boxes = boxes.shape[1]
-        counts = torch.bincount(rows // max(num_boxes, 1), minlength=len(boxes)).tolist()
-        pooled = self.box_pooler(maps, [Boxes(x) for x in boxes.view(-1, 4)[rows].split(counts)])
-        logits, deltas = self.box_predictor(self.box_head(pooled))
-        return logits.float(), deltas.float()
+        """Scores some of the boxes.
+
+        Args:
+            maps: float32 feature maps of `in_features`.
+            boxes (Tensor[B, R, 4])
+            rows (int64 Tensor[S]): which of the B * R boxes; ascending.
+
+        Returns:
+            float32 logits [S, K + 1], background last, and deltas [S, 4] or [S, 4 K].
+        """
+        raise NotImplementedError
 
     def _of_class(self, values: Tensor, classes: Tensor) -> Tensor:
         """Of [S, 4 K] the four of each row's class (the first for background); [S, 4] as it is."""
@@ -231,3 +210,58 @@ class GroupedROIHeads(nn.Module):
         return values.view(len(values), -1, 4)[
             torch.arange(len(values), device=values.device), classes % self.num_classes
         ]
+
+
+@ROI_HEADS_REGISTRY.register()
+class GroupedROIHeads(GroupedHeads):
+    """The paper's second stage: RoIAlign, a head per box, and a score from both stages.
+
+    Parameters are named as those of Detectron2's ``StandardROIHeads``.
+    """
+
+    @configurable
+    def __init__(self, *, box_pooler: ROIPooler, box_head: nn.Module, box_predictor: nn.Module, **heads):
+        """
+        Args:
+            box_pooler, box_head: as in Detectron2.
+            box_predictor: gives logits [S, K + 1], background last, and deltas [S, 4] or [S, 4 K].
+            heads: as :class:`GroupedHeads`.
+        """
+        super().__init__(**heads)
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.box_predictor = box_predictor
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        heads, head = super().from_config(cfg, input_shape), cfg.MODEL.ROI_BOX_HEAD
+        shapes = [input_shape[name] for name in heads["in_features"]]
+        resolution = head.POOLER_RESOLUTION
+        box_head = build_box_head(cfg, ShapeSpec(channels=shapes[0].channels, height=resolution, width=resolution))
+        return {
+            **heads,
+            "box_pooler": ROIPooler(
+                output_size=resolution,
+                scales=[1.0 / shape.stride for shape in shapes],
+                sampling_ratio=head.POOLER_SAMPLING_RATIO,
+                pooler_type=head.POOLER_TYPE,
+            ),
+            "box_head": box_head,
+            "box_predictor": FastRCNNOutputLayers(
+                box_head.output_shape,
+                box2box_transform=heads["group_loss"].criterion.box2box_transform,
+                num_classes=heads["num_classes"],
+                cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
+            ),
+        }
+
+    def _predict(self, maps: list[Tensor], boxes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.box_pooler(maps, boxes_of_rows(boxes, rows))
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        return logits.float(), deltas.float()
+
+
+def boxes_of_rows(boxes: Tensor, rows: Tensor) -> list[Boxes]:
+    """Of boxes [B, R, 4] those of rows (int64 Tensor[S], ascending, of all B * R), for each image."""
+    counts = torch.bincount(rows // max(boxes.shape[1], 1), minlength=len(boxes)).tolist()
+    return [Boxes(x) for x in boxes.view(-1, 4)[rows].split(counts)]

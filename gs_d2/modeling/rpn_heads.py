@@ -25,7 +25,7 @@ class SoftmaxRPNHead(nn.Module):
         self.objectness_logits = nn.Conv2d(in_channels, 2 * num_anchors, kernel_size=1)
         self.anchor_deltas = nn.Conv2d(in_channels, 4 * num_anchors, kernel_size=1)
         weight_init.c2_msra_fill(self.conv)  # Detectron2's std of 0.01 starts too slowly from random weights
-        _init_predictors(self.objectness_logits, self.anchor_deltas)
+        init_predictors(self.objectness_logits, self.anchor_deltas)
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
@@ -70,7 +70,7 @@ class DilatedRPNHead(nn.Module):
         )
         for layer in (self.conv, *self.branches):
             weight_init.c2_msra_fill(layer)
-        _init_predictors(*self.objectness_logits, *self.anchor_deltas)
+        init_predictors(*self.objectness_logits, *self.anchor_deltas)
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
@@ -96,7 +96,8 @@ class DilatedRPNHead(nn.Module):
         return logits, deltas
 
 
-def _init_predictors(*layers: nn.Conv2d):
+def init_predictors(*layers: nn.Conv2d):
+    """How the last layers of a head start: near zero, so that every anchor begins with equal odds and its own box."""
     for layer in layers:
         nn.init.normal_(layer.weight, std=0.01)
         nn.init.zeros_(layer.bias)
