@@ -17,15 +17,15 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-from detectron2.evaluation import verify_results
+from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import gs_d2.data
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config, check_config, detection_limits
-from gs_d2.data import FaceDatasetMapper
-from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
+from gs_d2.data import dataset_mapper_of
+from gs_d2.evaluation import CocoRecallEvaluator, FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
 from gs_d2.inference import PyramidDetector
 
 EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
@@ -45,11 +45,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
+        mapper = dataset_mapper_of(cfg.DATASETS.TRAIN[0])
+        return build_detection_train_loader(cfg, mapper=mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return build_detection_test_loader(cfg, dataset_name, mapper=FaceDatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=dataset_mapper_of(dataset_name)(cfg, is_train=False)
+        )
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -57,6 +60,10 @@ class Trainer(DefaultTrainer):
         evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if evaluator_type in EVALUATORS:
             return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=test_setting(cfg))
+        if evaluator_type == "coco" and cfg.MODEL.META_ARCHITECTURE == "RPNDetector":  # it knows no classes
+            return CocoRecallEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
+        if evaluator_type == "coco":
+            return COCOEvaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and

@@ -182,5 +182,6 @@ def check_config(cfg):
         raise ValueError(
             "This config keeps Detectron2 defaults that break group sampling:\n"
             + "\n".join(broken)
-            + "\nStart from configs/Base-WIDER.yaml or Base-COCO.yaml, or set MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
+            + "\nStart from configs/Base-WIDER.yaml, for COCO from configs/Base-COCO.yaml, or set "
+            "MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
         )

@@ -24,7 +24,7 @@ def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int, cla
         int64 Tensor[K]: K <= max_kept indices; of equal scores the lower index comes first.
     """
     if classes is not None:
-        boxes = _apart(boxes, classes)
+        boxes, scores = _apart(boxes, classes), scores.double()
     order = scores.sort(descending=True, stable=True).indices
     kept = order[:0]
     for chunk in order.split(_CHUNK):
