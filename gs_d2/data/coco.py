@@ -18,15 +18,12 @@ class CocoDatasetMapper(FaceDatasetMapper):
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
-        arguments = super().from_config(cfg, is_train)
-        if is_train:
-            resize = T.ResizeShortestEdge(
-                cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-            )
-            if cfg.INPUT.GS.MAX_CROP_SIZE > 0:
-                resize = ShortSideCrop(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.GS.MAX_CROP_SIZE)
-            arguments["augmentations"][0] = resize
-        return arguments
+        resize = T.ResizeShortestEdge(
+            cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        )
+        if cfg.INPUT.GS.MAX_CROP_SIZE > 0:
+            resize = ShortSideCrop(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.GS.MAX_CROP_SIZE)
+        return super().from_config(cfg, is_train, resize)
 
     def __call__(self, dataset_dict: dict) -> dict:
         """

@@ -34,9 +34,10 @@ class FaceDatasetMapper:
         self.min_face_size = float(min_face_size)
 
     @classmethod
-    def from_config(cls, cfg, is_train: bool = True):
+    def from_config(cls, cfg, is_train: bool = True, resize: T.Augmentation | None = None):
+        """`resize` takes the place of the paper's resizing and cropping of WIDER FACE in training."""
         if is_train:
-            augmentations = [ScaleJitterCrop(cfg.INPUT.GS.SCALES, cfg.INPUT.GS.MAX_CROP_SIZE)]
+            augmentations = [resize or ScaleJitterCrop(cfg.INPUT.GS.SCALES, cfg.INPUT.GS.MAX_CROP_SIZE)]
             if cfg.INPUT.RANDOM_FLIP != "none":
                 augmentations.append(
                     T.RandomFlip(

@@ -1,4 +1,4 @@
-"""GroupSamplingRetinaNet: Detectron2's focal loss where it should be, eq. 2 written out, and N at 1:3 in every group."""
+"""GroupSamplingRetinaNet: Detectron2's focal loss where it should be, eq. 2, and N at 1:3 in every group."""
 
 import pytest
 import torch
@@ -205,7 +205,10 @@ def test_n_per_group_at_1_to_3_on_real_annotations(name, shared_data):
 def test_anchors_are_retinanets():
     """Rounded to a thousandth of a pixel in the YAML, as the paper tiles them: 9 a cell, three octave fractions."""
     octaves = [[size * 2 ** (i / 3) for i in range(3)] for size in (32, 64, 128, 256, 512)]
-    for name, expected in (("retinanet", octaves), ("retinanet_p3_dc", [sum(octaves, [])])):
+    for name, expected in (
+        ("retinanet", octaves),
+        ("retinanet_p3_dc", [[size for octave in octaves for size in octave]]),
+    ):
         cfg = get_cfg()
         add_gs_config(cfg)
         cfg.merge_from_file(f"configs/coco/{name}.yaml")
