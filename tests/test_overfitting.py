@@ -59,3 +59,38 @@ def test_finds_the_faces_it_was_trained_on(config, four_images, load_script, tmp
         torch.set_num_threads(num_threads)
     print(config, found)
     assert min(found.values()) >= 90, found
+
+
+RETINANET = """
+    MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM GN
+    MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 64 MODEL.FPN.NORM GN
+    MODEL.RETINANET.NORM GN MODEL.RETINANET.NUM_CLASSES 1 MODEL.RETINANET.NUM_CONVS 2 MODEL.GS.GROUP_SCALES [16,32,64]
+    MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.CLIP_GRADIENTS.ENABLED True
+    SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0
+    INPUT.GS.MAX_CROP_SIZE 1200 INPUT.GS.MIN_FACE_SIZE 8.0 INPUT.MIN_SIZE_TEST 0 TEST.DETECTIONS_PER_IMAGE 2000
+    MODEL.RETINANET.SCORE_THRESH_TEST 0.01 SEED 1
+""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["retinanet", "retinanet_sampling_wrs"])
+def test_retinanet_finds_the_faces_it_was_trained_on(config, four_images, load_script, tmp_path):
+    train_net = load_script("train_net.py")
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(f"configs/coco/{config}.yaml")
+    cfg.merge_from_list([*RETINANET, *SOLVER, "DATASETS.TRAIN", (four_images,), "DATASETS.TEST", (four_images,)])
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / 2 for size in sizes] for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
+    cfg.OUTPUT_DIR = str(tmp_path)
+    check_config(cfg)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seed_all_rng(1)
+        trainer = train_net.Trainer(cfg)
+        trainer.train()
+        found = trainer.test(cfg, trainer.model)["wider_face"]["all"]
+    finally:
+        torch.set_num_threads(num_threads)
+    print(config, found)
+    assert found >= 80, found
