@@ -88,7 +88,10 @@ def test_setting(cfg):
         pyramid = {"flip": gs.FLIP, "box voting": gs.BOX_VOTING, "level box size": list(gs.LEVEL_BOX_SIZE) or "all"}
     elif cfg.INPUT.MIN_SIZE_TEST > 0:
         size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
-    before_nms = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST
+    score_thresh, before_nms = gs.SCORE_THRESH, cfg.MODEL.RPN.PRE_NMS_TOPK_TEST
+    if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
+        score_thresh = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
+        before_nms = f"{cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST} of each feature map"
     if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":  # its RPN's own NMS is of proposals
         per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
         before_nms = f"{cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals"
@@ -96,7 +99,7 @@ def test_setting(cfg):
     return {
         "test size": size,
         **pyramid,
-        "score threshold": gs.SCORE_THRESH,
+        "score threshold": score_thresh,
         "boxes before NMS" + (" per level" if gs.PYRAMID else ""): before_nms,
         "NMS IoU": nms_thresh,
         "boxes per image": max_detections,

@@ -9,9 +9,10 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from gs_d2.config import add_gs_config, check_config
+from gs_d2.config import add_gs_config, check_config, detection_limits
 from gs_d2.data import CocoDatasetMapper, FaceDatasetMapper, dataset_mapper_of
 from gs_d2.evaluation import CocoRecallEvaluator
 
@@ -52,6 +53,14 @@ def test_trains_and_is_evaluated_by_the_official_api(name, task, figures, evalua
     results = trainer.test(cfg, trainer.model)
     assert figures <= set(results[task])
     assert all(0 <= results[task][figure] <= 100 for figure in figures)
+
+
+def test_final_nms_is_within_a_class():
+    model = build_model(toy_cfg("fast_rcnn"))
+    candidates = Instances((120, 160), pred_boxes=Boxes(torch.tensor([[10.0, 10, 60, 60]]).repeat(4, 1)))
+    candidates.scores, candidates.pred_classes = torch.tensor([0.5, 0.9, 0.8, 0.7]), torch.tensor([0, 2, 0, 2])
+    kept = model.select_detections(candidates)
+    assert kept.scores.tolist() == pytest.approx([0.9, 0.8]) and kept.pred_classes.tolist() == [2, 0]
 
 
 def test_detectron2s_proposal_network_takes_the_rpn(coco_toy):
@@ -110,6 +119,18 @@ def test_short_side_crop_takes_its_place_at_random():
         assert transforms.apply_image(image).shape == (800, 1200, 3)
         seen.add(float(transforms.apply_box(np.array([[500.0, 0, 510, 10]]))[0, 0]))
     assert len(seen) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("fpn", (0.7, 1000)), ("retinanet", (0.5, 100)), ("fast_rcnn", (0.5, 100))]
+)
+def test_limits_of_detections(name, expected, load_script):
+    cfg = toy_cfg(name)
+    assert detection_limits(cfg) == expected
+    setting = load_script("train_net.py").test_setting(cfg)
+    assert (setting["NMS IoU"], setting["boxes per image"]) == expected
+    if name == "retinanet":
+        assert setting["boxes before NMS"] == "1000 of each feature map" and setting["score threshold"] == 0
 
 
 def test_schedule_is_twelve_epochs():

@@ -143,6 +143,41 @@ def test_a_breaking_default_of_the_second_stage_is_named(key, default):
     check_config(cfg)  # a single stage does not read it
 
 
+def test_what_is_right_for_coco_is_wrong_for_faces():
+    """COCO's 100 detections, 80 classes, 256 samples, 1,000 proposals and NMS at 0.7; the rest breaks there too."""
+    for name, num_broken in (("Base-COCO", 3), ("Base-COCO-FastRCNN", 4), ("Base-COCO-RetinaNet", 2)):
+        cfg = load(f"{name}.yaml")
+        check_config(cfg)
+        cfg.DATASETS.TRAIN = ("wider_face_train",)
+        with pytest.raises(ValueError) as error:
+            check_config(cfg)
+        assert str(error.value).count("is Detectron2's default") == num_broken, str(error.value)
+        cfg.DATASETS.TRAIN = ("coco_2017_train",)
+        cfg.MODEL.RPN.POSITIVE_FRACTION = 0.5
+        with pytest.raises(ValueError, match=r"MODEL\.RPN\.POSITIVE_FRACTION is Detectron2's default 0\.5"):
+            check_config(cfg)
+
+
+def test_table_14_changes_the_second_stage_alone():
+    """But for the IoU loss, which the table's note gives to the first."""
+    steps = {
+        ("fast_rcnn", "fast_rcnn_lsiou"): {"MODEL.RPN.BBOX_REG_LOSS_TYPE": "least_square_iou"},
+        ("fast_rcnn_lsiou", "fast_rcnn_lsiou_ohem"): {"MODEL.GS.ROI.SAMPLER": "ohem"},
+        ("fast_rcnn_lsiou", "fast_rcnn_lsiou_wrs"): {"MODEL.GS.ROI.SAMPLER": "wrs"},
+        ("fast_rcnn_lsiou", "fast_rcnn_lsiou_sampling"): {
+            "MODEL.GS.ROI.GROUP_SAMPLING": True,
+            "MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN": 400,
+            "MODEL.GS.GROUP_POST_NMS_TOPK_TEST": 200,
+        },
+        ("fast_rcnn_lsiou_sampling", "fast_rcnn_lsiou_sampling_wrs"): {"MODEL.GS.ROI.SAMPLER": "wrs"},
+    }
+    for (name, other), expected in steps.items():
+        assert changes(f"coco/{name}.yaml", f"coco/{other}.yaml") == expected
+    cfg = load("coco/fast_rcnn_lsiou_sampling_wrs.yaml")
+    assert cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "smooth_l1"
+    assert cfg.MODEL.GS.ROI.GROUP_SCALES == [32, 64, 128, 256, 512] and cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p3"]
+
+
 def test_all_breaking_defaults_are_named_at_once():
     with pytest.raises(ValueError) as error:
         check_config(default_cfg())
