@@ -12,9 +12,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.config import add_gs_config, check_config, detection_limits
 from gs_d2.data import CocoDatasetMapper, FaceDatasetMapper, dataset_mapper_of
 from gs_d2.evaluation import CocoRecallEvaluator
+from gs_d2.inference import PyramidDetector
 
 TOY = """
     MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM GN
@@ -61,6 +63,14 @@ def test_final_nms_is_within_a_class():
     candidates.scores, candidates.pred_classes = torch.tensor([0.5, 0.9, 0.8, 0.7]), torch.tensor([0, 2, 0, 2])
     kept = model.select_detections(candidates)
     assert kept.scores.tolist() == pytest.approx([0.9, 0.8]) and kept.pred_classes.tolist() == [2, 0]
+
+
+def test_box_voting_of_several_classes_is_refused():
+    opts = ("TEST.GS.PYRAMID", True, "INPUT.MIN_SIZE_TEST", 0)
+    model = build_model(toy_cfg("fast_rcnn"))
+    PyramidDetector(toy_cfg("fast_rcnn", *opts), model)
+    with pytest.raises(ValueError, match=r"BOX_VOTING knows no classes, and the model tells several apart: set it"):
+        PyramidDetector(toy_cfg("fast_rcnn", *opts, "TEST.GS.BOX_VOTING", True), model)
 
 
 def test_detectron2s_proposal_network_takes_the_rpn(coco_toy):

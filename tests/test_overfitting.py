@@ -68,7 +68,7 @@ RETINANET = """
     MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.CLIP_GRADIENTS.ENABLED True
     SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0
     INPUT.GS.MAX_CROP_SIZE 1200 INPUT.GS.MIN_FACE_SIZE 8.0 INPUT.MIN_SIZE_TEST 0 TEST.DETECTIONS_PER_IMAGE 2000
-    MODEL.RETINANET.SCORE_THRESH_TEST 0.01 SEED 1
+    MODEL.RETINANET.SCORE_THRESH_TEST 0.01 SEED 1 SOLVER.MAX_ITER 120 SOLVER.STEPS (90,110)
 """.split()
 
 
@@ -79,7 +79,7 @@ def test_retinanet_finds_the_faces_it_was_trained_on(config, four_images, load_s
     cfg = get_cfg()
     add_gs_config(cfg)
     cfg.merge_from_file(f"configs/coco/{config}.yaml")
-    cfg.merge_from_list([*RETINANET, *SOLVER, "DATASETS.TRAIN", (four_images,), "DATASETS.TEST", (four_images,)])
+    cfg.merge_from_list([*SOLVER, *RETINANET, "DATASETS.TRAIN", (four_images,), "DATASETS.TEST", (four_images,)])
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / 2 for size in sizes] for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
     cfg.OUTPUT_DIR = str(tmp_path)
     check_config(cfg)
