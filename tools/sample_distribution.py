@@ -114,16 +114,13 @@ class TrainedAnchors:
 
     def __init__(self, config_file):
         import torch
-        from detectron2.config import get_cfg
         from detectron2.modeling import build_backbone, build_proposal_generator
 
         import gs_d2.modeling
-        from gs_d2.config import add_gs_config
+        from gs_d2.config import load_config
         from gs_d2.data import FaceDatasetMapper
 
-        cfg = get_cfg()
-        add_gs_config(cfg)
-        cfg.merge_from_file(str(config_file))
+        cfg = load_config(config_file)
         with torch.device("meta"):  # strides are all that is wanted of it: no memory, no weights
             backbone = build_backbone(cfg)
         self.shapes = backbone.output_shape()

@@ -9,6 +9,7 @@ from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
 from gs_d2.data.dataset_mapper import FaceDatasetMapper
 from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
 from gs_d2.data.fddb import load_fddb, register_all_fddb, register_fddb
+from gs_d2.data.loaders import build_test_loader, build_train_loader
 from gs_d2.data.wider_face import load_wider_face, register_all_wider_face, register_wider_face
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "FaceDatasetMapper",
     "ScaleJitterCrop",
     "ShortSideCrop",
+    "build_test_loader",
+    "build_train_loader",
     "dataset_mapper_of",
     "load_face_eval",
     "load_fddb",

@@ -11,7 +11,7 @@ from gs_d2.modeling.retinanet import GroupSamplingRetinaNet
 from gs_d2.modeling.roi_heads import GroupedROIHeads
 from gs_d2.modeling.rpn import GroupSamplingRPN
 from gs_d2.modeling.rpn_heads import DilatedRPNHead, SoftmaxRPNHead
-from gs_d2.modeling.sampling import GroupSampler
+from gs_d2.modeling.sampling import GroupSampler, group_by_scale
 
 __all__ = [
     "DilatedRPNHead",
@@ -28,4 +28,5 @@ __all__ = [
     "TwoPassMatcher",
     "build_resnet_topdown_backbone",
     "build_resnet_topdown_p6_backbone",
+    "group_by_scale",
 ]
