@@ -101,7 +101,7 @@ class TrainingViews(torch.utils.data.Dataset):
         return view
 
     def _report_boxes(self, record, height, width):
-        boxes = record.get("gt_boxes", np.zeros((0, 4)))  # COCO's dicts have annotations, which are sound
+        boxes = record.get("gt_boxes", np.zeros((0, 4)))  # COCO's dicts have annotations instead
         off = off_the_image(boxes, height, width)
         if off.any():
             first = ", ".join(f"{value:g}" for value in boxes[off.argmax()])
