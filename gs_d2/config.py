@@ -20,6 +20,7 @@ def add_gs_config(cfg):
     image without groups); POSITIVE_FRACTION, IOU_THRESHOLDS [low, high], NMS_THRESH, PRE_NMS_TOPK_* and
     POST_NMS_TOPK_* keep their meaning, over all feature maps together; BBOX_REG_LOSS_TYPE is one of "smooth_l1",
     "iou" (-ln IoU) and "least_square_iou"; LOSS_WEIGHT scales both terms, BBOX_REG_LOSS_WEIGHT is eta of eq. 2.
+    GroupSamplingRetinaNet reads the first two, and MODEL.RETINANET.* for the rest.
     """
     cfg.MODEL.GS = CN()
     # False: all anchors form one group, the paper's baselines.
@@ -43,6 +44,8 @@ def add_gs_config(cfg):
     # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
     # sub-samples it. [] = every anchor at its map's own stride.
     cfg.MODEL.GS.ANCHOR_STRIDES = []
+    # GroupSamplingRetinaNet: True puts DilatedRPNHead's branches in place of RetinaNet's two subnets of convolutions.
+    cfg.MODEL.GS.RETINANET_DILATED_HEAD = False
     # Proposals kept of each reference scale (MODEL.GS.ROI.GROUP_SCALES) after NMS, so that small ones reach the second
     # stage; POST_NMS_TOPK_* limits their sum. 0 = the best of all scales together.
     cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN = 0
@@ -72,7 +75,8 @@ def add_gs_config(cfg):
     cfg.INPUT.GS = CN()
     # Training images are resized by one of these factors, drawn uniformly...
     cfg.INPUT.GS.SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
-    # ...and cropped at random so that no side exceeds this many pixels.
+    # ...and cropped at random so that no side exceeds this many pixels. COCO's images are resized to a short side of
+    # INPUT.MIN_SIZE_TRAIN before, or with 0 here as Detectron2 does, without a crop.
     cfg.INPUT.GS.MAX_CROP_SIZE = 1200
     # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions.
     cfg.INPUT.GS.MIN_FACE_SIZE = 8.0
@@ -181,6 +185,15 @@ _BREAKING_DEFAULTS = [
     ("MODEL.RPN.POSITIVE_FRACTION", 0.5, "the paper samples positives : negatives = 1 : 3, that is 0.25"),
     ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 256, "this is N, the samples per group; the paper uses 2048"),
 ]
+# What COCO's own protocol or its baselines (FPN, RetinaNet), and the paper with them, take: wrong for faces only.
+_RIGHT_FOR_COCO = {
+    "TEST.DETECTIONS_PER_IMAGE",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "MODEL.RPN.NMS_THRESH",
+    "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+}
+_READ_BY_RETINANET = {"TEST.DETECTIONS_PER_IMAGE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.POSITIVE_FRACTION"}
 _BREAKING_SINGLE_STAGE = [("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5")]
 _BREAKING_TWO_STAGE = [
     ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class"),
@@ -192,6 +205,8 @@ def detection_limits(cfg) -> tuple[float, int]:
     """IoU of the NMS that gives a model's detections, and the most of an image, from whichever keys its stages use."""
     if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":
         return cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
+    if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
+        return cfg.MODEL.RETINANET.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
     return cfg.MODEL.RPN.NMS_THRESH, min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
@@ -236,6 +251,10 @@ def check_training(cfg):
         )
 
 
+def _trains_on_coco(cfg) -> bool:
+    return any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
+
+
 def check_config(cfg):
     """Refuses Detectron2 defaults that silently break group sampling, and contradictory test settings.
 
@@ -250,6 +269,10 @@ def check_config(cfg):
     two_stage = cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN"
     of_stages = _BREAKING_TWO_STAGE if two_stage else _BREAKING_SINGLE_STAGE
     for key, default, reason in _BREAKING_DEFAULTS + of_stages:
+        if key in _RIGHT_FOR_COCO and _trains_on_coco(cfg):
+            continue
+        if key not in _READ_BY_RETINANET and cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
+            continue
         value = cfg
         for name in key.split("."):
             value = value[name]
@@ -259,5 +282,6 @@ def check_config(cfg):
         raise ValueError(
             "This config keeps Detectron2 defaults that break group sampling:\n"
             + "\n".join(broken)
-            + "\nStart from configs/Base-WIDER.yaml, or set MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
+            + "\nStart from configs/Base-WIDER.yaml, for COCO from configs/Base-COCO.yaml, or set "
+            "MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
         )

@@ -1,6 +1,7 @@
 """What tests of several folders share."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -93,3 +94,49 @@ def made_up_benchmarks(tmp_path_factory) -> Path:
             objects_of[f"{i}_{benchmark}.jpg"] = np.concatenate([boxes, 0 * ignored, ignored], axis=1) if i < 3 else []
         write_face_eval_annotations(root / benchmark / "annotations" / f"{mat}.mat", objects_of)
     return root
+
+
+@pytest.fixture(scope="session")
+def coco_toy(tmp_path_factory):
+    """Two data sets in COCO's format, coco_toy_train and coco_toy_val: drawn rectangles of three classes (category ids
+    2, 5 and 9), a crowd, and an image without any object."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    root, rng, names = tmp_path_factory.mktemp("coco_toy"), np.random.default_rng(0), []
+    for split, count in (("train", 6), ("val", 5)):
+        images, annotations = [], []
+        for i in range(1, count + 1):
+            canvas = rng.integers(0, 60, (120, 160, 3), dtype=np.uint8)
+            for j in range(0 if i == count else 3):
+                x, y = (int(rng.integers(0, limit)) for limit in (90, 60))
+                w, h = (int(side) for side in rng.integers(12, 60, 2))
+                category = (2, 5, 9)[j]
+                canvas[y : y + h, x : x + w, j] = 255
+                crowd = int(i == 1 and j == 2)
+                rle = {"counts": [120 * 160], "size": [120, 160]}
+                polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i,
+                        "category_id": category,
+                        "bbox": [x, y, w, h],
+                        "area": w * h,
+                        "iscrowd": crowd,
+                        "segmentation": rle if crowd else polygon,
+                    }
+                )
+            file_name = f"{split}_{i}.png"
+            Image.fromarray(canvas).save(root / file_name)
+            images.append({"id": i, "file_name": file_name, "height": 120, "width": 160})
+        categories = [{"id": n, "name": f"class_{n}"} for n in (2, 5, 9)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{split}.json").write_text(json.dumps({**content, "info": {}, "licenses": []}))
+        names.append(f"coco_toy_{split}")
+        register_coco_instances(names[-1], {}, str(root / f"{split}.json"), str(root))
+        MetadataCatalog.get(names[-1]).evaluator_type = "coco"
+    yield root
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -169,9 +169,11 @@ def test_registered_names():
 
     for registry, name in (
         (META_ARCH_REGISTRY, "RPNDetector"),
+        (META_ARCH_REGISTRY, "GroupSamplingRetinaNet"),
         (PROPOSAL_GENERATOR_REGISTRY, "GroupSamplingRPN"),
         (RPN_HEAD_REGISTRY, "SoftmaxRPNHead"),
         (BACKBONE_REGISTRY, "build_resnet_topdown_backbone"),
+        (BACKBONE_REGISTRY, "build_resnet_topdown_p6_backbone"),
         (ANCHOR_GENERATOR_REGISTRY, "ScaleStrideAnchorGenerator"),
     ):
         assert registry.get(name) is getattr(modeling, name)
@@ -198,7 +200,8 @@ def test_config_keys():
     for node, keys in (
         (
             cfg.MODEL.GS,
-            "GROUP_SAMPLING GROUP_SCALES SAMPLER SECOND_PASS IGNORE_THRESH ANCHOR_STRIDES CHECK_DEFAULTS",
+            "GROUP_SAMPLING GROUP_SCALES SAMPLER SECOND_PASS IGNORE_THRESH ANCHOR_STRIDES CHECK_DEFAULTS "
+            "RETINANET_DILATED_HEAD",
         ),
         (cfg.INPUT.GS, "SCALES MAX_CROP_SIZE MIN_FACE_SIZE"),
         (cfg.SOLVER.GS, "ACCUMULATION_STEPS NONFINITE_LOSS"),

@@ -133,6 +133,7 @@ RULES = {
             "h5py",
             "PIL",
             "matplotlib",
+            "pycocotools",
             "tqdm",
             "detectron2.data",
             "detectron2.evaluation",

@@ -60,9 +60,9 @@ def trained(four_images, tmp_path, one_thread):
     """cfg and smallest face -> AP on All, in percent, of a model trained on the four images: as it is, and by a second
     stage's scores alone."""
 
-    def train(cfg, smallest=16):
+    def train(cfg, smallest=16, opts=()):
         data = four_images(smallest)
-        cfg.merge_from_list([*SOLVER, "DATASETS.TRAIN", (data,), "DATASETS.TEST", (data,)])
+        cfg.merge_from_list([*SOLVER, *opts, "DATASETS.TRAIN", (data,), "DATASETS.TEST", (data,)])
         cfg.OUTPUT_DIR = str(tmp_path)
         check_config(cfg)
         seed_all_rng(1)
@@ -96,4 +96,27 @@ def test_every_pipeline_finds_the_faces_it_was_trained_on(pipeline, sampling, tr
     found = trained(pipeline.cfg(sampling, small=True), pipeline.smallest_face)
     print(pipeline.name, "with groups" if sampling else "without groups", found)
     # Not asked of R-FCN's second stage alone: its votes learn more slowly than 200 steps from random weights.
+    assert found["as configured"] >= 80, found
+
+
+RETINANET = """
+    MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM GN
+    MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 64 MODEL.FPN.NORM GN
+    MODEL.RETINANET.NORM GN MODEL.RETINANET.NUM_CLASSES 1 MODEL.RETINANET.NUM_CONVS 2 MODEL.GS.GROUP_SCALES [16,32,64]
+    MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.CLIP_GRADIENTS.ENABLED True
+    SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0
+    INPUT.GS.MAX_CROP_SIZE 1200 INPUT.GS.MIN_FACE_SIZE 8.0 INPUT.MIN_SIZE_TEST 0 TEST.DETECTIONS_PER_IMAGE 2000
+    MODEL.RETINANET.SCORE_THRESH_TEST 0.01 SEED 1 SOLVER.MAX_ITER 120 SOLVER.STEPS (90,110)
+""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["retinanet", "retinanet_sampling_wrs"])
+def test_retinanet_finds_the_faces_it_was_trained_on(config, trained):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(f"configs/coco/{config}.yaml")
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / 2 for size in sizes] for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
+    found = trained(cfg, opts=RETINANET)
+    print(config, found)
     assert found["as configured"] >= 80, found

@@ -4,7 +4,8 @@ import os
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
-from gs_d2.data.augmentation import ScaleJitterCrop
+from gs_d2.data.augmentation import ScaleJitterCrop, ShortSideCrop
+from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
 from gs_d2.data.dataset_mapper import FaceDatasetMapper
 from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
 from gs_d2.data.fddb import load_fddb, register_all_fddb, register_fddb
@@ -12,10 +13,13 @@ from gs_d2.data.loaders import build_test_loader, build_training_views
 from gs_d2.data.wider_face import load_wider_face, register_all_wider_face, register_wider_face
 
 __all__ = [
+    "CocoDatasetMapper",
     "FaceDatasetMapper",
     "ScaleJitterCrop",
+    "ShortSideCrop",
     "build_test_loader",
     "build_training_views",
+    "dataset_mapper_of",
     "load_face_eval",
     "load_fddb",
     "load_wider_face",

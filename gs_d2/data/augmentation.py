@@ -1,4 +1,4 @@
-"""The paper's training augmentation (section 5, "WIDER FACE") as a Detectron2 augmentation."""
+"""The paper's training augmentations (section 5) as Detectron2 augmentations."""
 
 import math
 
@@ -26,7 +26,9 @@ class ScaleJitterCrop(T.Augmentation):
 
     def get_transform(self, image):
         height, width = image.shape[:2]
-        scale = self.scales[np.random.randint(len(self.scales))]
+        return self._crop_and_resize(height, width, self.scales[np.random.randint(len(self.scales))])
+
+    def _crop_and_resize(self, height, width, scale):
         crop_h, crop_w = (min(side, max(1, int(self.max_size / scale))) for side in (height, width))
         y = np.random.randint(height - crop_h + 1)
         x = np.random.randint(width - crop_w + 1)
@@ -37,3 +39,20 @@ class ScaleJitterCrop(T.Augmentation):
         if (new_h, new_w) != (crop_h, crop_w):
             transforms.append(T.ResizeTransform(crop_h, crop_w, new_h, new_w))
         return T.TransformList(transforms)
+
+
+class ShortSideCrop(ScaleJitterCrop):
+    """COCO's (section 5, "COCO"): :class:`ScaleJitterCrop` by the factor that brings the short side to a size."""
+
+    def __init__(self, short_sides, max_size):
+        """
+        Args:
+            short_sides (sequence of int): pixels, drawn uniformly; the paper's is 800.
+            max_size (int): pixels, of the crop's sides; the paper's is 1200.
+        """
+        super().__init__(short_sides, max_size)
+
+    def get_transform(self, image):
+        height, width = image.shape[:2]
+        short_side = self.scales[np.random.randint(len(self.scales))]
+        return self._crop_and_resize(height, width, short_side / min(height, width))

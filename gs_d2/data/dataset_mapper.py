@@ -42,9 +42,10 @@ class FaceDatasetMapper:
         self.min_face_size = float(min_face_size)
 
     @classmethod
-    def from_config(cls, cfg, is_train: bool = True):
+    def from_config(cls, cfg, is_train: bool = True, resize: T.Augmentation | None = None):
+        """`resize` takes the place of the paper's resizing and cropping of WIDER FACE in training."""
         if is_train:
-            augmentations = [ScaleJitterCrop(cfg.INPUT.GS.SCALES, cfg.INPUT.GS.MAX_CROP_SIZE)]
+            augmentations = [resize or ScaleJitterCrop(cfg.INPUT.GS.SCALES, cfg.INPUT.GS.MAX_CROP_SIZE)]
             if cfg.INPUT.RANDOM_FLIP != "none":
                 augmentations.append(
                     T.RandomFlip(
@@ -65,7 +66,8 @@ class FaceDatasetMapper:
         """
         Returns:
             dict: the input's file_name and image_id, with height and width of the file; image (uint8 Tensor[3, H, W]);
-            in training also instances (gt_boxes, gt_classes all 0) and ignore_boxes (Boxes), in pixels of `image`.
+            in training also instances (gt_boxes, gt_classes: the input's, or all 0) and ignore_boxes (Boxes), in pixels
+            of `image`.
 
         Raises:
             FileNotFoundError: there is no such image.
@@ -79,12 +81,15 @@ class FaceDatasetMapper:
         if not self.is_train:
             image = self._augment(image)[0]
         else:
-            image, faces, ignored = self.augment(image, dataset_dict)
+            image, transforms = self._augment(image)
+            file_size = result["height"], result["width"]
+            boxes, trained, ignored = self._transform_boxes(dataset_dict, transforms, file_size, image.shape[:2])
+            classes = dataset_dict.get("gt_classes", np.zeros(len(boxes), dtype=np.int64))
             instances = Instances(image.shape[:2])
-            instances.gt_boxes = Boxes(torch.from_numpy(faces))
-            instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
+            instances.gt_boxes = Boxes(torch.from_numpy(boxes[trained]))
+            instances.gt_classes = torch.from_numpy(classes[trained])
             result["instances"] = instances
-            result["ignore_boxes"] = Boxes(torch.from_numpy(ignored))
+            result["ignore_boxes"] = Boxes(torch.from_numpy(boxes[ignored]))
         # Not np.ascontiguousarray, which leaves the negative stride of a flipped side of one pixel; torch refuses it.
         result["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return result
@@ -106,29 +111,31 @@ class FaceDatasetMapper:
         """
         file_size = image.shape[:2]
         image, transforms = self._augment(image)
-        return image, *self._split_boxes(dataset_dict, transforms, file_size, image.shape[:2])
+        boxes, trained, ignored = self._transform_boxes(dataset_dict, transforms, file_size, image.shape[:2])
+        return image, boxes[trained], boxes[ignored]
 
     def _augment(self, image):
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         return aug_input.image, transforms
 
-    def _split_boxes(self, dataset_dict, transforms, file_size, image_size):
-        """Boxes to train on and boxes to ignore, float32 [n, 4], transformed and clipped to the image."""
+    def _transform_boxes(self, dataset_dict, transforms, file_size, image_size):
+        """The dict's boxes, float32 [n, 4], transformed and clipped to the image; which of them to train on and which
+        to ignore, bool [n]."""
         boxes = dataset_dict["gt_boxes"]
         ignore = dataset_dict["gt_ignore"]
         usable = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~off_the_image(boxes, *file_size)
-        boxes, ignore = transforms.apply_box(boxes[usable]), ignore[usable]
+        boxes = transforms.apply_box(boxes)
         height, width = image_size
         limits = np.array([width, height, width, height])
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centres >= 0) & (centres < limits[:2])).all(axis=1)
         boxes = np.clip(boxes, 0, limits).astype(np.float32)
         size = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-        visible = (size > 0).all(axis=1)
+        visible = usable & (size > 0).all(axis=1)
         ignore = ignore | (np.sqrt(size.prod(axis=1)) < self.min_face_size)
         # A face whose centre the crop cuts off is dropped; a region to ignore counts wherever it is still seen.
-        return boxes[~ignore & inside & visible], boxes[ignore & visible]
+        return boxes, ~ignore & inside & visible, ignore & visible
 
 
 def off_the_image(boxes: np.ndarray, height: int, width: int) -> np.ndarray:

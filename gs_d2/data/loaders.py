@@ -11,6 +11,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 
+from gs_d2.data.coco import dataset_mapper_of
 from gs_d2.data.dataset_mapper import BadDataError, FaceDatasetMapper, off_the_image
 from gs_d2.data.missing_files import check_images, where_it_belongs
 
@@ -21,7 +22,7 @@ _logger = logging.getLogger(__name__)
 def build_training_views(cfg) -> "TrainingViews":
     """The views of cfg.DATASETS.TRAIN by the project's augmentation; :class:`gs_d2.engine.TrainLoader` batches them."""
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    return TrainingViews(records, FaceDatasetMapper(cfg, is_train=True))
+    return TrainingViews(records, dataset_mapper_of(cfg.DATASETS.TRAIN[0])(cfg, is_train=True))
 
 
 def build_test_loader(cfg, dataset_name: str):
@@ -35,7 +36,7 @@ def build_test_loader(cfg, dataset_name: str):
     image_root = MetadataCatalog.get(dataset_name).get("image_root")
     if image_root is not None:
         check_images(records, image_root, where_it_belongs(dataset_name, f"files of {image_root}"))
-    return build_detection_test_loader(cfg, dataset_name, mapper=FaceDatasetMapper(cfg, is_train=False))
+    return build_detection_test_loader(cfg, dataset_name, mapper=dataset_mapper_of(dataset_name)(cfg, is_train=False))
 
 
 class TrainingViews(torch.utils.data.Dataset):
@@ -95,7 +96,7 @@ class TrainingViews(torch.utils.data.Dataset):
         return view
 
     def _report_boxes(self, record, height, width):
-        boxes = record["gt_boxes"]
+        boxes = record.get("gt_boxes", np.zeros((0, 4)))  # COCO's dicts have annotations instead
         off = off_the_image(boxes, height, width)
         if off.any():
             first = ", ".join(f"{value:g}" for value in boxes[off.argmax()])

@@ -6,6 +6,7 @@ import weakref
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
@@ -14,7 +15,7 @@ from gs_d2.config import check_training, detection_limits
 from gs_d2.data import build_test_loader, build_training_views
 from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
-from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
+from gs_d2.evaluation import CocoRecallEvaluator, FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
 from gs_d2.inference import PyramidDetector
 
 EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
@@ -99,6 +100,10 @@ class Trainer(DefaultTrainer):
         evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if evaluator_type in EVALUATORS:
             return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=test_setting(cfg))
+        if evaluator_type == "coco" and cfg.MODEL.META_ARCHITECTURE == "RPNDetector":  # it knows no classes
+            return CocoRecallEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
+        if evaluator_type == "coco":
+            return COCOEvaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
@@ -135,7 +140,10 @@ def test_setting(cfg):
         pyramid = {"flip": gs.FLIP, "box voting": gs.BOX_VOTING, "level box size": list(gs.LEVEL_BOX_SIZE) or "all"}
     elif cfg.INPUT.MIN_SIZE_TEST > 0:
         size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
-    before_nms = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST
+    score_thresh, before_nms = gs.SCORE_THRESH, cfg.MODEL.RPN.PRE_NMS_TOPK_TEST
+    if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
+        score_thresh = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
+        before_nms = f"{cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST} of each feature map"
     if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":  # its RPN's own NMS is of proposals
         per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
         before_nms = f"{cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals"
@@ -143,7 +151,7 @@ def test_setting(cfg):
     return {
         "test size": size,
         **pyramid,
-        "score threshold": gs.SCORE_THRESH,
+        "score threshold": score_thresh,
         "boxes before NMS" + (" per level" if gs.PYRAMID else ""): before_nms,
         "NMS IoU": nms_thresh,
         "boxes per image": max_detections,

@@ -1,4 +1,4 @@
-"""Evaluation by the official protocols: WIDER FACE, FDDB, AFW and PASCAL faces.
+"""Evaluation by the official protocols: WIDER FACE, FDDB, AFW and PASCAL faces, and COCO's average recall.
 
 The protocols need numpy and scipy only. The `DatasetEvaluator` classes need Detectron2, which is imported
 when one of them is first asked for.
@@ -7,6 +7,7 @@ when one of them is first asked for.
 from importlib import import_module
 
 _EXPORTS = {
+    "CocoRecallEvaluator": "coco_recall_evaluator",
     "FDDBEvaluator": "fddb_evaluator",
     "FaceEvalEvaluator": "face_eval_evaluator",
     "WiderFaceEvaluator": "wider_face_evaluator",

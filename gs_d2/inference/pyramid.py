@@ -120,6 +120,8 @@ class PyramidDetector(nn.Module):
             raise ValueError(f"TEST.GS.MAX_SIZE must be at least 1 pixel, got {max_size}")
         if level_box_size is not None and not (len(level_box_size) == 2 and 0 <= level_box_size[0] < level_box_size[1]):
             raise ValueError(f"TEST.GS.LEVEL_BOX_SIZE must be [] or [low, high] in pixels, got {list(level_box_size)}")
+        if voting_thresh is not None and getattr(model, "num_classes", 1) > 1:
+            raise ValueError("TEST.GS.BOX_VOTING knows no classes, and the model tells several apart: set it False")
         self.model = model
         self.scales = [float(scale) for scale in scales]
         self.max_size = max_size

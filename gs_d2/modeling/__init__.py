@@ -4,13 +4,14 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from gs_d2.modeling import pipelines  # noqa: F401  (registers the detectors of Table 6)
 from gs_d2.modeling.anchors import ScaleStrideAnchorGenerator
-from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone
+from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone, build_resnet_topdown_p6_backbone
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.matcher import TwoPassMatcher
 from gs_d2.modeling.meta_arch import GroupedFastRCNN, RPNDetector
+from gs_d2.modeling.retinanet import GroupSamplingRetinaNet
 from gs_d2.modeling.roi_heads import GroupedROIHeads
 from gs_d2.modeling.rpn import GroupSamplingRPN
-from gs_d2.modeling.rpn_heads import DilatedRPNHead, SoftmaxRPNHead
+from gs_d2.modeling.rpn_heads import DilatedRPNHead, PerMapRPNHead, SoftmaxRPNHead
 from gs_d2.modeling.sampling import GroupSampler, group_by_scale
 
 __all__ = [
@@ -18,13 +19,16 @@ __all__ = [
     "GroupLoss",
     "GroupSampler",
     "GroupSamplingRPN",
+    "GroupSamplingRetinaNet",
     "GroupedFastRCNN",
     "GroupedROIHeads",
+    "PerMapRPNHead",
     "RPNDetector",
     "ScaleStrideAnchorGenerator",
     "SoftmaxRPNHead",
     "TopDown",
     "TwoPassMatcher",
     "build_resnet_topdown_backbone",
+    "build_resnet_topdown_p6_backbone",
     "group_by_scale",
 ]

@@ -1,4 +1,4 @@
-"""ResNet with a top-down path: the paper's feature maps P2..P5 (Fig. 3)."""
+"""ResNet with a top-down path: the paper's feature maps P2..P5 (Fig. 3), and P6 for COCO (section 3)."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class TopDown(Backbone):
@@ -15,12 +15,20 @@ class TopDown(Backbone):
     Detectron2's FPN differs twice: it upsamples by nearest neighbour and ends each level with a 3x3 convolution.
     """
 
-    def __init__(self, bottom_up: Backbone, in_features: list[str], out_channels: int, norm: str = ""):
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        in_features: list[str],
+        out_channels: int,
+        norm: str = "",
+        top_block: nn.Module | None = None,
+    ):
         """
         Args:
             bottom_up: gives `in_features`, named from fine to coarse, each of twice the stride of the one before.
             out_channels: channels of every output map.
             norm: normalisation after each lateral convolution, see :func:`detectron2.layers.get_norm`; "" is none.
+            top_block: makes one more map of half the size and `out_channels` channels from the coarsest one.
         """
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -49,6 +57,14 @@ class TopDown(Backbone):
             self._out_features.append(f"p{stage}")
             self._out_feature_strides[f"p{stage}"] = stride
             self._out_feature_channels[f"p{stage}"] = out_channels
+        self._lateral_outputs = list(self._out_features)
+        self.top_block = top_block
+        if top_block is not None:
+            self._size_divisibility *= 2
+            self._top_name = f"p{stage + 1}"
+            self._out_features.append(self._top_name)
+            self._out_feature_strides[self._top_name] = 2 * strides[-1]
+            self._out_feature_channels[self._top_name] = out_channels
 
     @property
     def size_divisibility(self) -> int:
@@ -60,21 +76,40 @@ class TopDown(Backbone):
         outputs = {}
         top_down = None
         for name, lateral_name, out_name in zip(
-            self.in_features[::-1], self._lateral_names[::-1], self._out_features[::-1], strict=True
+            self.in_features[::-1], self._lateral_names[::-1], self._lateral_outputs[::-1], strict=True
         ):
             lateral = getattr(self, lateral_name)(bottom_up[name])
             if top_down is not None:
                 lateral = lateral + F.interpolate(top_down, scale_factor=2, mode="bilinear", align_corners=False)
             outputs[out_name] = top_down = lateral
+        if self.top_block is not None:
+            outputs[self._top_name] = self.top_block(outputs[self._lateral_outputs[-1]])
         return outputs
 
 
+class MaxPoolConvs(nn.Sequential):
+    """COCO's P6 from P5: 2x2 max-pooling, then two 3x3 convolutions, a ReLU between them."""
+
+    def __init__(self, channels: int):
+        first, second = (nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(2))
+        weight_init.c2_msra_fill(first)
+        weight_init.c2_xavier_fill(second)
+        super().__init__(nn.MaxPool2d(2), first, nn.ReLU(), second)
+
+
 @BACKBONE_REGISTRY.register()
-def build_resnet_topdown_backbone(cfg, input_shape: ShapeSpec):
+def build_resnet_topdown_backbone(cfg, input_shape: ShapeSpec, top_block: nn.Module | None = None):
     """MODEL.RESNETS with MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM}; start IN_FEATURES at the finest map needed."""
     return TopDown(
         bottom_up=build_resnet_backbone(cfg, input_shape),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_topdown_p6_backbone(cfg, input_shape: ShapeSpec):
+    """:func:`build_resnet_topdown_backbone` with one more map on top: P6 of P2..P5."""
+    return build_resnet_topdown_backbone(cfg, input_shape, top_block=MaxPoolConvs(cfg.MODEL.FPN.OUT_CHANNELS))

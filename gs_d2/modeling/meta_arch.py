@@ -140,14 +140,20 @@ class RPNDetector(nn.Module):
         """One NMS over all candidates of an image, from however many views, and the limit of detections.
 
         Args:
-            candidates: with `pred_boxes` and `scores`, in any order, and any other fields; on any device.
+            candidates: with `pred_boxes`, `scores` and `pred_classes`, in any order, and any other fields; on any
+                device. Boxes of different classes do not suppress each other.
 
         Returns:
             Instances: the detections by falling score; of equal scores the first candidate wins.
         """
-        return candidates[
-            top_nms(candidates.pred_boxes.tensor, candidates.scores, self.nms_thresh, self.max_detections)
-        ]
+        classes = candidates.pred_classes if self.num_classes > 1 else None
+        boxes, scores = candidates.pred_boxes.tensor, candidates.scores
+        return candidates[top_nms(boxes, scores, self.nms_thresh, self.max_detections, classes)]
+
+    @property
+    def num_classes(self) -> int:
+        """1: an RPN tells objects from background."""
+        return 1
 
     @property
     def size_divisibility(self) -> int:
@@ -173,8 +179,8 @@ class RPNDetector(nn.Module):
 class GroupedFastRCNN(RPNDetector):
     """The paper's two-stage detector: proposals of every scale, scored and refined by :class:`GroupedROIHeads`.
 
-    Takes and returns what :class:`RPNDetector` does; `scores` are of both stages, and `nms_thresh` is of the second's
-    detections. On a pyramid each level runs both stages.
+    Takes and returns what :class:`RPNDetector` does; `scores` are of both stages, `pred_classes` of the second, and
+    `nms_thresh` is of the second's detections, within each class. On a pyramid each level runs both stages.
     """
 
     @configurable
@@ -196,6 +202,10 @@ class GroupedFastRCNN(RPNDetector):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_thresh": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
         }
+
+    @property
+    def num_classes(self) -> int:
+        return self.roi_heads.num_classes
 
     def _losses(self, images: ImageList, gt_instances: list[Instances], ignore_boxes) -> dict:
         features = self.backbone(images.tensor)

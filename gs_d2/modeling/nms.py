@@ -7,7 +7,7 @@ from torchvision.ops import nms
 _CHUNK = 8192  # torchvision's CUDA kernel takes n^2 / 8 bytes: 8 MB, where 400,000 boxes at once would take 20 GB
 
 
-def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int) -> Tensor:
+def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int, classes: Tensor | None = None) -> Tensor:
     """The first `max_kept` boxes that ``torchvision.ops.nms`` would keep, by falling score.
 
     Boxes are taken in chunks of falling score. Whether a box stays depends only on kept boxes of higher score, so the
@@ -17,11 +17,14 @@ def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int) -> 
         boxes (Tensor[N, 4]): XYXY.
         scores (Tensor[N]): without NaN, in any order.
         iou_thresh: a box is dropped if its IoU with a kept one is greater.
-        max_kept: at least 0.
+        max_kept: at least 0; of all classes together.
+        classes (int64 Tensor[N]): from 0 on; boxes of different classes do not suppress each other. None is one class.
 
     Returns:
         int64 Tensor[K]: K <= max_kept indices; of equal scores the lower index comes first.
     """
+    if classes is not None:
+        boxes, scores = _apart(boxes, classes), scores.double()
     order = scores.sort(descending=True, stable=True).indices
     kept = order[:0]
     for chunk in order.split(_CHUNK):
@@ -30,6 +33,14 @@ def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int) -> 
         if len(kept) == max_kept:
             break
     return kept
+
+
+def _apart(boxes: Tensor, classes: Tensor) -> Tensor:
+    """Each class's boxes moved to a place of their own; in float64, where that does not change their overlaps."""
+    boxes = boxes.double()
+    if boxes.numel() == 0:
+        return boxes
+    return boxes + (classes * (boxes.max() - boxes.min() + 1))[:, None]
 
 
 @torch.no_grad()

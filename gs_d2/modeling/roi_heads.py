@@ -51,7 +51,9 @@ class GroupedHeads(nn.Module):
             group_loss: which proposals are trained on, and what they cost; its `group_scales` are the reference scales.
             proposal_append_gt: in training also propose the ground truth.
             loss_weight: factors of "loss_cls" and "loss_box_reg"; None is 1 for both.
-            score_ensemble: "arithmetic" or "geometric" mean of the scores of both stages, or "none": the second's.
+            score_ensemble: "arithmetic" or "geometric" mean of the scores of both stages, or "none": the second's. The
+                first stage's is one objectness for all classes: its arithmetic mean with a class that the second stage
+                rules out would still be up to 0.5, so with several classes use the geometric one.
             score_thresh_test: probability below which a detection is dropped.
         """
         super().__init__()

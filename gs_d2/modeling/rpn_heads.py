@@ -1,5 +1,7 @@
 """Heads that predict face / background logits and box deltas for every anchor of a cell."""
 
+import math
+
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import configurable
@@ -47,15 +49,17 @@ class DilatedRPNHead(nn.Module):
 
     After the shared 3x3 convolution each anchor scale has a branch of its own: a 3x3 convolution dilated by 1, 2, 4,
     ... from the smallest scale on, ReLU, and 1x1 convolutions. The layout is ours: Fig. 5's is not in the text.
+    Scales of one octave, as RetinaNet has them, share a branch. :class:`GroupSamplingRetinaNet` can use it too.
     """
 
     @configurable
-    def __init__(self, *, in_channels: int, num_scales: int, anchors_per_scale: int):
+    def __init__(self, *, in_channels: int, num_scales: int, anchors_per_scale: int, num_logits: int = 2):
         """
         Args:
             in_channels: channels of every input feature map, kept by the 3x3 convolutions.
-            num_scales: anchor scales of a cell, in rising order.
-            anchors_per_scale: A / num_scales, the number of aspect ratios.
+            num_scales: octaves of anchor scales of a cell, in rising order; one branch each.
+            anchors_per_scale: A / num_scales: aspect ratios times scales in an octave.
+            num_logits: of each anchor: background and face, or one for each class.
         """
         super().__init__()
         self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
@@ -63,7 +67,7 @@ class DilatedRPNHead(nn.Module):
             nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=2**i, dilation=2**i) for i in range(num_scales)
         )
         self.objectness_logits = nn.ModuleList(
-            nn.Conv2d(in_channels, 2 * anchors_per_scale, kernel_size=1) for _ in range(num_scales)
+            nn.Conv2d(in_channels, num_logits * anchors_per_scale, kernel_size=1) for _ in range(num_scales)
         )
         self.anchor_deltas = nn.ModuleList(
             nn.Conv2d(in_channels, 4 * anchors_per_scale, kernel_size=1) for _ in range(num_scales)
@@ -78,7 +82,7 @@ class DilatedRPNHead(nn.Module):
         (num_anchors,) = _same(
             "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
         )
-        (num_scales,) = _same("anchor sizes", [len(sizes) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES])
+        (num_scales,) = _same("octaves of anchor sizes", [num_octaves(x) for x in cfg.MODEL.ANCHOR_GENERATOR.SIZES])
         return {
             "in_channels": in_channels,
             "num_scales": num_scales,
@@ -94,6 +98,51 @@ class DilatedRPNHead(nn.Module):
             logits.append(torch.cat([layer(x) for layer, x in zip(self.objectness_logits, hidden, strict=True)], dim=1))
             deltas.append(torch.cat([layer(x) for layer, x in zip(self.anchor_deltas, hidden, strict=True)], dim=1))
         return logits, deltas
+
+
+@RPN_HEAD_REGISTRY.register()
+class PerMapRPNHead(nn.Module):
+    """For every feature map 1x1 convolutions of its own to two logits and four deltas per anchor, as SSD and YOLOv3."""
+
+    @configurable
+    def __init__(self, *, in_channels: list[int], num_anchors: list[int]):
+        """
+        Args:
+            in_channels: channels of each input feature map.
+            num_anchors: A of each, the anchors per cell.
+        """
+        super().__init__()
+        maps = list(zip(in_channels, num_anchors, strict=True))
+        self.objectness_logits = nn.ModuleList(nn.Conv2d(c, 2 * a, kernel_size=1) for c, a in maps)
+        self.anchor_deltas = nn.ModuleList(nn.Conv2d(c, 4 * a, kernel_size=1) for c, a in maps)
+        init_predictors(*self.objectness_logits, *self.anchor_deltas)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        return {
+            "in_channels": [shape.channels for shape in input_shape],
+            "num_anchors": build_anchor_generator(cfg, input_shape).num_anchors,
+        }
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """As :meth:`SoftmaxRPNHead.forward`, with C and A of each map."""
+        return (
+            [layer(x) for layer, x in zip(self.objectness_logits, features, strict=True)],
+            [layer(x) for layer, x in zip(self.anchor_deltas, features, strict=True)],
+        )
+
+
+def num_octaves(sizes: list[float]) -> int:
+    """How many octaves, from the smallest size on, a feature map's rising anchor sizes have.
+
+    Raises:
+        ValueError: the octaves have not the same number of sizes each.
+    """
+    octaves = [math.floor(math.log2(size / sizes[0]) + 0.01) for size in sizes]
+    counts = [octaves.count(octave) for octave in range(octaves[-1] + 1)]
+    if octaves != sorted(octaves) or len(set(counts)) != 1:
+        raise ValueError(f"DilatedRPNHead needs rising anchor sizes, the same number in every octave, got {sizes}")
+    return len(counts)
 
 
 def init_predictors(*layers: nn.Conv2d):

@@ -24,6 +24,24 @@ def test_top_nms_stops_at_any_limit_and_keeps_the_order(monkeypatch, device):
         assert torch.equal(top_nms(boxes, scores, 0.4, limit), whole[:limit])
 
 
+def test_top_nms_keeps_classes_apart(monkeypatch, device):
+    monkeypatch.setattr("gs_d2.modeling.nms._CHUNK", 16)
+    boxes = (random_boxes(200) - 30).to(device)  # negative coordinates, too
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(200, generator=generator).to(device)
+    classes = torch.randint(0, 80, (200,), generator=generator).clamp(min=75).to(device)
+    kept = []
+    for k in classes.unique():
+        rows = torch.nonzero(classes == k)[:, 0]
+        kept.append(rows[nms(boxes[rows], scores[rows], 0.4)])
+    kept = torch.cat(kept)
+    kept = kept[scores[kept].argsort(descending=True)]
+    assert len(kept) < 200 and len(kept) > len(nms(boxes, scores, 0.4))
+    for limit in (0, 17, len(kept), 1000):
+        assert torch.equal(top_nms(boxes, scores, 0.4, limit, classes), kept[:limit])
+    assert torch.equal(top_nms(boxes[:0], scores[:0], 0.4, 5, classes[:0]), kept[:0])
+
+
 @pytest.mark.parametrize("shared_groups", [True, False])
 @pytest.mark.parametrize("max_kept", [3, 10**6])
 def test_prune_overlapping_is_greedy_in_each_group_and_label(shared_groups, max_kept, device):

@@ -17,6 +17,7 @@ from torch import nn
 from gs_d2.modeling import GroupedROIHeads, GroupSampler, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
 from gs_d2.modeling.group_loss import GroupLoss
+from gs_d2.modeling.roi_heads import _ENSEMBLES
 from gs_d2.ops import reference
 
 SCALES = [16, 32, 64, 128]
@@ -420,3 +421,12 @@ def test_boxes_keep_their_precision_on_maps_of_half_precision():
 def test_an_unknown_ensemble_is_named():
     with pytest.raises(ValueError, match="SCORE_ENSEMBLE must be one of arithmetic, geometric, none, got 'mean'"):
         build(score_ensemble="mean")
+
+
+def test_of_several_classes_the_geometric_mean_rules_out_what_the_second_stage_does():
+    """Objectness speaks for all classes: its arithmetic mean would give a class of probability 0 half its score."""
+    first, second = torch.tensor([[0.9], [0.6]]), torch.tensor([[0.0, 0.9], [0.5, 0.1]])
+    arithmetic, geometric = (_ENSEMBLES[name](first, second) for name in ("arithmetic", "geometric"))
+    assert arithmetic[0, 0] > 0.4 and geometric[0, 0] == 0
+    assert geometric[:, 0].argmax() == 1 and geometric[:, 1].argmax() == 0
+    torch.testing.assert_close(geometric[1, 0], torch.tensor(0.3).sqrt())

@@ -3,15 +3,13 @@
 from gs_d2.modeling.pipelines.darknet import Darknet53, build_darknet53_backbone
 from gs_d2.modeling.pipelines.retinaface import RetinaFaceHead, build_retinaface_resnet_fpn_backbone
 from gs_d2.modeling.pipelines.rfcn import PositionSensitiveROIHeads
-from gs_d2.modeling.pipelines.ssd import SSDHead, build_resnet_ssd_backbone
-from gs_d2.modeling.pipelines.yolov3 import YOLOv3Head, YOLOv3Neck, build_darknet53_yolov3_backbone
+from gs_d2.modeling.pipelines.ssd import build_resnet_ssd_backbone
+from gs_d2.modeling.pipelines.yolov3 import YOLOv3Neck, build_darknet53_yolov3_backbone
 
 __all__ = [
     "Darknet53",
     "PositionSensitiveROIHeads",
     "RetinaFaceHead",
-    "SSDHead",
-    "YOLOv3Head",
     "YOLOv3Neck",
     "build_darknet53_backbone",
     "build_darknet53_yolov3_backbone",

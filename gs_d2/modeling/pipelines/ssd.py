@@ -5,14 +5,9 @@ No map hears of another but through the stages themselves: no top-down path, no 
 """
 
 import fvcore.nn.weight_init as weight_init
-from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
-from detectron2.modeling.anchor_generator import build_anchor_generator
-from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
-
-from gs_d2.modeling.rpn_heads import init_predictors
 
 
 class ExtraMaps(Backbone):
@@ -95,35 +90,3 @@ def build_resnet_ssd_backbone(cfg, input_shape: ShapeSpec):
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
     )
-
-
-@RPN_HEAD_REGISTRY.register()
-class SSDHead(nn.Module):
-    """For every map 1x1 convolutions of its own to two logits and four deltas per anchor."""
-
-    @configurable
-    def __init__(self, *, in_channels: list[int], num_anchors: list[int]):
-        """
-        Args:
-            in_channels: channels of each input feature map.
-            num_anchors: A of each, the anchors per cell.
-        """
-        super().__init__()
-        maps = list(zip(in_channels, num_anchors, strict=True))
-        self.objectness_logits = nn.ModuleList(nn.Conv2d(c, 2 * a, kernel_size=1) for c, a in maps)
-        self.anchor_deltas = nn.ModuleList(nn.Conv2d(c, 4 * a, kernel_size=1) for c, a in maps)
-        init_predictors(*self.objectness_logits, *self.anchor_deltas)
-
-    @classmethod
-    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        return {
-            "in_channels": [shape.channels for shape in input_shape],
-            "num_anchors": build_anchor_generator(cfg, input_shape).num_anchors,
-        }
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """As :meth:`SoftmaxRPNHead.forward`, with C and A of each map."""
-        return (
-            [layer(x) for layer, x in zip(self.objectness_logits, features, strict=True)],
-            [layer(x) for layer, x in zip(self.anchor_deltas, features, strict=True)],
-        )

@@ -1,4 +1,4 @@
-"""YOLOv3 (Redmon and Farhadi, 2018) as a backbone and an RPN head: all else it shares with the other detectors."""
+"""YOLOv3 (Redmon and Farhadi, 2018) as a backbone: all else it shares with the other detectors."""
 
 from itertools import pairwise
 
@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
 
 from gs_d2.modeling.pipelines.darknet import build_darknet53_backbone, darknet_conv
-from gs_d2.modeling.pipelines.ssd import SSDHead
 
 
 class YOLOv3Level(nn.Module):
@@ -95,8 +93,3 @@ def build_darknet53_yolov3_backbone(cfg, input_shape: ShapeSpec):
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         norm=cfg.MODEL.FPN.NORM,
     )
-
-
-@RPN_HEAD_REGISTRY.register()
-class YOLOv3Head(SSDHead):
-    """1x1 predictors for each map, as SSD's: the 3x3 convolution before them is the neck's last."""

@@ -5,7 +5,7 @@ from detectron2.modeling import build_model
 from small_pipelines import PIPELINES
 from test_all_pipelines import feature_maps, small_model
 
-from gs_d2.modeling.pipelines.ssd import SSDHead
+from gs_d2.modeling import PerMapRPNHead
 
 PIPELINE = next(pipeline for pipeline in PIPELINES if pipeline.name == "ssd")
 
@@ -45,7 +45,7 @@ def test_no_map_hears_of_a_coarser_one():
 
 
 def test_maps_may_differ_in_channels_and_anchors():
-    head = SSDHead(in_channels=[4, 6], num_anchors=[1, 3])
+    head = PerMapRPNHead(in_channels=[4, 6], num_anchors=[1, 3])
     logits, deltas = head([torch.rand(2, 4, 8, 9), torch.rand(2, 6, 4, 5)])
     assert [tuple(x.shape) for x in logits] == [(2, 2, 8, 9), (2, 6, 4, 5)]
     assert [tuple(x.shape) for x in deltas] == [(2, 4, 8, 9), (2, 12, 4, 5)]

@@ -1,0 +1,139 @@
+"""RetinaNet trained by group sampling (paper, section 6.2, Tables 9b and 12).
+
+Shape shorthand: B images, R anchors of an image over all feature maps, K classes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from gs_d2.modeling.group_loss import GroupLoss
+from gs_d2.modeling.rpn_heads import DilatedRPNHead
+
+_IGNORED_CLASS = -1  # of ignore regions on their way to label_anchors
+
+
+@META_ARCH_REGISTRY.register()
+class GroupSamplingRetinaNet(RetinaNet):
+    """Detectron2's RetinaNet with two-pass matching, group sampling and the loss of eq. 2; the rest is Detectron2's.
+
+    Each class has a cross entropy of its own (sigmoid); a sample's loss, which OHEM and WRS go by, is their sum. With
+    focal loss and no sampling the loss is Detectron2's, but for its normalisation: by the positives of each image,
+    where Detectron2 takes a moving average over iterations of those of the batch.
+    """
+
+    @configurable
+    def __init__(self, *, group_loss: GroupLoss, **retinanet):
+        """
+        Args:
+            group_loss: which anchors are trained on, and what they cost.
+            retinanet: as Detectron2's class; its `anchor_matcher` and the parameters of its loss are not used.
+        """
+        super().__init__(**retinanet)
+        self.group_loss = group_loss
+
+    @classmethod
+    def from_config(cls, cfg):
+        retinanet, keys, gs = super().from_config(cfg), cfg.MODEL.RETINANET, cfg.MODEL.GS
+        if gs.RETINANET_DILATED_HEAD:
+            shapes = retinanet["backbone"].output_shape()
+            arguments = DilatedRPNHead.from_config(cfg, [shapes[name] for name in keys.IN_FEATURES])
+            retinanet["head"] = DilatedRPNHead(**arguments, num_logits=keys.NUM_CLASSES)
+            for layer in retinanet["head"].objectness_logits:
+                nn.init.constant_(layer.bias, -math.log((1 - keys.PRIOR_PROB) / keys.PRIOR_PROB))
+        anchor_scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
+        return {
+            **retinanet,
+            "group_loss": GroupLoss.from_config(
+                cfg,
+                gs,
+                list(gs.GROUP_SCALES) or anchor_scales,
+                iou_thresholds=keys.IOU_THRESHOLDS,
+                iou_labels=keys.IOU_LABELS,
+                batch_size_per_image=cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE,
+                positive_fraction=cfg.MODEL.RPN.POSITIVE_FRACTION,
+                box2box_transform=Box2BoxTransform(weights=keys.BBOX_REG_WEIGHTS),
+                box_reg_loss_type=keys.BBOX_REG_LOSS_TYPE,
+                smooth_l1_beta=keys.SMOOTH_L1_LOSS_BETA,
+            ),
+        }
+
+    def forward(self, batched_inputs: list[dict]):
+        """As Detectron2's; in training each image's dict may have `ignore_boxes` (Boxes), regions in which no anchor is
+        a negative."""
+        if self.training:
+            batched_inputs = [_with_ignore_boxes(x) for x in batched_inputs]
+        return super().forward(batched_inputs)
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            anchors: of each feature map.
+            gt_instances: with `gt_boxes` and `gt_classes`, -1 for regions to ignore.
+
+        Returns:
+            gt_labels (int64 Tensor[B, R]): the class, K for background, -1 for ignored anchors.
+            gt_boxes (Tensor[B, R, 4]): the box matched to each anchor; anything where it is not positive.
+        """
+        ignored = [x.gt_classes == _IGNORED_CLASS for x in gt_instances]
+        objects = [x[~rows] for x, rows in zip(gt_instances, ignored, strict=True)]
+        ignore_boxes = [x.gt_boxes[rows] for x, rows in zip(gt_instances, ignored, strict=True)]
+        match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(
+            Boxes.cat(anchors).tensor, [x.gt_boxes for x in objects], ignore_boxes
+        )
+        gt_classes = F.pad(torch.cat([x.gt_classes for x in objects]), (0, 1))
+        gt_labels = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)
+        return gt_labels.masked_fill(match_labels == -1, -1), all_gt_boxes[matched_gt_idxs]
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: Tensor,
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Eq. 2, in float32.
+
+        Args:
+            anchors: of each feature map.
+            pred_logits, pred_anchor_deltas: of each feature map, [B, Hi Wi Ai, K] and [B, Hi Wi Ai, 4].
+            gt_labels, gt_boxes: of :meth:`label_anchors`, or of Detectron2's.
+
+        Returns:
+            "loss_cls" and "loss_box_reg".
+        """
+        gt_labels, gt_boxes = torch.stack(list(gt_labels)), torch.stack(list(gt_boxes))
+        logits = torch.cat(pred_logits, dim=1).float()
+        targets = gt_labels[..., None] == torch.arange(self.num_classes, device=gt_labels.device)
+        cls_losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        match_labels = targets.any(dim=-1).to(torch.int8).masked_fill(gt_labels == -1, -1)
+        rows = torch.arange(gt_labels.numel(), device=gt_labels.device).view_as(gt_labels)
+        loss_cls, loss_box_reg = self.group_loss.dense(
+            Boxes.cat(anchors).tensor,
+            (match_labels, rows, gt_boxes.flatten(0, 1)),
+            cls_losses,
+            torch.cat(pred_anchor_deltas, dim=1).float(),
+            targets,
+        )
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+
+
+def _with_ignore_boxes(image: dict) -> dict:
+    """The image's dict with its `ignore_boxes` among its instances: Detectron2's RetinaNet passes nothing else on."""
+    instances = image["instances"]
+    ignore_boxes = image.get("ignore_boxes", Boxes(instances.gt_boxes.tensor[:0]))
+    classes = torch.full((len(ignore_boxes),), _IGNORED_CLASS).to(instances.gt_classes)
+    merged = Instances(
+        instances.image_size,
+        gt_boxes=Boxes.cat([instances.gt_boxes, ignore_boxes]),
+        gt_classes=torch.cat([instances.gt_classes, classes]),
+    )
+    return {**image, "instances": merged}

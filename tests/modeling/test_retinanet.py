@@ -1,0 +1,240 @@
+"""GroupSamplingRetinaNet: Detectron2's focal loss where it should be, eq. 2, and N at 1:3 in every group."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import RetinaNet, build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from gs_d2.config import add_gs_config
+from gs_d2.data import load_wider_face
+from gs_d2.modeling import DilatedRPNHead, GroupSampler
+from gs_d2.modeling.rpn_heads import num_octaves
+
+K = 3
+SMALL = f"""
+    MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64
+    MODEL.FPN.OUT_CHANNELS 16 MODEL.RETINANET.NUM_CLASSES {K}
+""".split()
+
+
+def build(name="retinanet_focal", *opts):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(f"configs/coco/{name}.yaml")
+    cfg.merge_from_list([*SMALL, *opts])
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def feature_maps(size=128, num_images=2):
+    return [torch.zeros(num_images, 16, size // stride, size // stride) for stride in (8, 16, 32, 64, 128)]
+
+
+def predictions(anchors, num_images=2):
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(num_images, len(x), K, generator=generator) for x in anchors]
+    deltas = [0.1 * torch.randn(num_images, len(x), 4, generator=generator) for x in anchors]
+    return logits, deltas
+
+
+def objects(*rows_of_images):
+    """Instances from rows (x1, y1, x2, y2, class) of each image."""
+    images = []
+    for rows in rows_of_images:
+        rows = torch.tensor(rows).reshape(-1, 5)
+        images.append(Instances((128, 128), gt_boxes=Boxes(rows[:, :4]), gt_classes=rows[:, 4].long()))
+    return images
+
+
+OBJECTS = objects([[10.0, 10, 44, 40, 2], [60, 20, 120, 110, 0]], [[30.0, 50, 70, 90, 1]])
+
+
+def detectron2_losses(model, arguments, num_positives):
+    """Detectron2's own, its moving average standing at the batch's number of positives."""
+    model.loss_normalizer = max(num_positives, 1)
+    with EventStorage():
+        return RetinaNet.losses(model, *arguments)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_focal_loss_without_sampling_is_detectron2s(num_images):
+    """They differ in what they divide by: here each image's positives, there a moving average of the batch's."""
+    model = build()
+    anchors = model.anchor_generator(feature_maps(num_images=num_images))
+    logits, deltas = predictions(anchors, num_images)
+    gt_labels, gt_boxes = model.label_anchors(anchors, OBJECTS[:num_images])
+    with EventStorage():
+        ours = model.losses(anchors, logits, gt_labels, deltas, gt_boxes)
+    expected = {"loss_cls": 0.0, "loss_box_reg": 0.0}
+    for i in range(num_images):
+        image = [[x[i : i + 1] for x in maps] for maps in (logits, deltas)]
+        positives = int(((gt_labels[i] >= 0) & (gt_labels[i] < K)).sum())
+        assert positives > 3
+        theirs = detectron2_losses(model, (anchors, image[0], [gt_labels[i]], image[1], [gt_boxes[i]]), positives)
+        for name in expected:
+            expected[name] += float(theirs[name]) / num_images
+    assert {name: float(loss) for name, loss in ours.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_detectron2s_where_the_second_pass_adds_nothing():
+    """Anchors equal to the objects: every object has its first-pass match, and no low-quality match is wanted."""
+    model = build()
+    anchors = model.anchor_generator(feature_maps())
+    rows = torch.cat([Boxes.cat(anchors).tensor[[500, 900]], torch.tensor([[1.0], [2.0]])], dim=1)
+    instances = objects(rows.tolist(), [])
+    ours = model.label_anchors(anchors, instances)
+    theirs = RetinaNet.label_anchors(model, anchors, instances)
+    for labels, boxes, their_labels, their_boxes in zip(*ours, *theirs, strict=True):
+        assert torch.equal(labels, their_labels)
+        positive = (labels >= 0) & (labels < K)
+        assert torch.equal(boxes[positive], their_boxes[positive])
+    assert (ours[0][0] == 1).any() and (ours[0][0] == 2).any() and (ours[0][1] == K).all()
+
+
+class Recorder(GroupSampler):
+    def __call__(self, match_labels, group_idxs, losses=None, seed=None):
+        self.asked, self.drawn = losses, super().__call__(match_labels, group_idxs, losses, seed)
+        self.group_idxs = group_idxs
+        return self.drawn
+
+
+def recorded(model) -> Recorder:
+    sampler = model.group_loss.sampler
+    model.group_loss.sampler = Recorder(
+        sampler.num_groups, sampler.num_per_group, sampler.positive_fraction, sampler.method
+    )
+    return model.group_loss.sampler
+
+
+@pytest.mark.parametrize("name", ["retinanet", "retinanet_sampling", "retinanet_sampling_wrs", "retinanet_ohem"])
+def test_loss_is_eq_2_written_out(name):
+    model = build(name, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 16)
+    sampler = recorded(model)
+    anchors = model.anchor_generator(feature_maps())
+    logits, deltas = predictions(anchors)
+    gt_labels, gt_boxes = model.label_anchors(anchors, OBJECTS)
+    with EventStorage():
+        losses = model.losses(anchors, logits, gt_labels, deltas, gt_boxes)
+
+    all_anchors, all_logits, all_deltas = Boxes.cat(anchors).tensor, torch.cat(logits, 1), torch.cat(deltas, 1)
+    assert sampler.drawn.shape == gt_labels.shape and sampler.num_groups == (4 if "sampling" in name else 1)
+    loss_cls = loss_box_reg = 0.0
+    for b in range(2):
+        for group in range(sampler.num_groups):
+            rows = torch.nonzero((sampler.drawn[b] >= 0) & (sampler.group_idxs == group))[:, 0].tolist()
+            costs, distances = [], []
+            for i in rows:
+                label = int(gt_labels[b, i])
+                assert (label < K) == bool(sampler.drawn[b, i] == 1)
+                p = all_logits[b, i].double().sigmoid()
+                costs.append(-sum(float(torch.log(p[k] if k == label else 1 - p[k])) for k in range(K)))
+                if sampler.method in ("wrs", "ohem"):
+                    assert float(sampler.asked[b, i]) == pytest.approx(costs[-1], rel=1e-4)
+                if label < K:
+                    x, y, w, h = _centre(all_anchors[i])
+                    gx, gy, gw, gh = _centre(gt_boxes[b, i])
+                    wanted = torch.tensor([(gx - x) / w, (gy - y) / h, (gw / w).log(), (gh / h).log()])
+                    error = (all_deltas[b, i] - wanted).abs()
+                    distances.append(float(torch.where(error < 0.1, 5 * error**2, error - 0.05).sum()))
+            loss_cls += sum(costs) / max(len(costs), 1) / 2
+            loss_box_reg += sum(distances) / max(len(distances), 1) / 2
+    assert float(losses["loss_cls"]) == pytest.approx(loss_cls, rel=1e-4)
+    assert float(losses["loss_box_reg"]) == pytest.approx(loss_box_reg, rel=1e-4) and loss_box_reg > 0
+
+
+def _centre(box):
+    w, h = box[2] - box[0], box[3] - box[1]
+    return box[0] + w / 2, box[1] + h / 2, w, h
+
+
+def test_anchors_in_ignore_regions_cost_nothing():
+    model = build("retinanet_sampling").train()
+    seen = {}
+    label_anchors = model.label_anchors
+    model.label_anchors = lambda anchors, instances: seen.setdefault("labels", label_anchors(anchors, instances))
+    image = {"image": torch.zeros(3, 128, 128), "instances": OBJECTS[0]}
+    crowd = Boxes(torch.tensor([[64.0, 64, 128, 128]]))
+    for ignore_boxes in (None, crowd):
+        seen.clear()
+        extra = {} if ignore_boxes is None else {"ignore_boxes": ignore_boxes}
+        with EventStorage():
+            losses = model([{**image, **extra}])
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        centres = Boxes.cat(model.anchor_generator(feature_maps(num_images=1))).tensor
+        # Small anchors wholly inside the crowd, and away from the objects, which are positives.
+        inside = (centres[:, 0] >= 64) & (centres[:, 1] >= 64) & (centres[:, 2] <= 128) & (centres[:, 3] <= 128)
+        labels = seen["labels"][0][0][inside]
+        assert len(labels) > 20
+        assert (labels == K).any() == (ignore_boxes is None)
+    assert len(image["instances"]) == 2, "the mapper's instances are left alone"
+
+
+@pytest.mark.parametrize("name", ["retinanet_sampling", "retinanet_sampling_wrs", "retinanet_p3_dc_sampling_ohem"])
+def test_n_per_group_at_1_to_3_on_real_annotations(name, shared_data):
+    """Paper, section 4.2: every group has N samples, a quarter positive, shortages filled with negatives."""
+    data = shared_data / "mini_wider" / "widerface"
+    records = load_wider_face(data / "wider_face_split" / "wider_face_train_bbx_gt.txt", "")
+    num_per_group = 64
+    model = build(name, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", num_per_group)
+    sampler, size = recorded(model), 384
+    maps = feature_maps(size, num_images=1)[: 1 if "p3_dc" in name else None]
+    anchors = model.anchor_generator(maps)
+    logits, deltas = predictions(anchors, num_images=1)
+    full = short = 0
+    for record in records[::150]:
+        boxes = torch.from_numpy(record["gt_boxes"]).float()
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
+        instances = Instances((size, size), gt_boxes=Boxes(boxes), gt_classes=torch.arange(len(boxes)) % K)
+        gt_labels, gt_boxes = model.label_anchors(anchors, [instances])
+        with EventStorage():
+            model.losses(anchors, logits, gt_labels, deltas, gt_boxes)
+        for group in range(4):
+            of_group = sampler.group_idxs == group
+            available = int(((gt_labels[0] >= 0) & (gt_labels[0] < K) & of_group).sum())
+            positives = int(((sampler.drawn[0] == 1) & of_group).sum())
+            negatives = int(((sampler.drawn[0] == 0) & of_group).sum())
+            assert positives == min(available, num_per_group // 4)
+            assert positives + negatives == num_per_group
+            full += positives * 3 == negatives
+            short += 0 < available < num_per_group // 4
+    assert full > 0 and short > 0  # both cases occurred
+
+
+def test_anchors_are_retinanets():
+    """Rounded to a thousandth of a pixel in the YAML, as the paper tiles them: 9 a cell, three octave fractions."""
+    octaves = [[size * 2 ** (i / 3) for i in range(3)] for size in (32, 64, 128, 256, 512)]
+    for name, expected in (
+        ("retinanet", octaves),
+        ("retinanet_p3_dc", [[size for octave in octaves for size in octave]]),
+    ):
+        cfg = get_cfg()
+        add_gs_config(cfg)
+        cfg.merge_from_file(f"configs/coco/{name}.yaml")
+        assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(expected)
+        for sizes, wanted in zip(cfg.MODEL.ANCHOR_GENERATOR.SIZES, expected, strict=True):
+            assert sizes == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_dilated_head_has_a_branch_for_each_octave_and_begins_at_the_prior():
+    head = build("retinanet_p3_dc").head
+    assert isinstance(head, DilatedRPNHead)
+    assert [branch.dilation[0] for branch in head.branches] == [1, 2, 4, 8, 16]
+    assert [layer.out_channels for layer in head.objectness_logits] == [9 * K] * 5
+    assert [layer.out_channels for layer in head.anchor_deltas] == [9 * 4] * 5
+    for layer in head.objectness_logits:
+        torch.testing.assert_close(layer.bias.sigmoid(), torch.full_like(layer.bias, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number"), [([16], 1), ([16, 32, 64, 128], 4), ([32, 40.317, 50.797, 64, 80.635, 101.594], 2)]
+)
+def test_num_octaves(sizes, number):
+    assert num_octaves(sizes) == number
+
+
+@pytest.mark.parametrize("sizes", [[32, 40, 64], [64, 32], [16, 64]])
+def test_sizes_without_equal_octaves_are_refused(sizes):
+    with pytest.raises(ValueError, match="needs rising anchor sizes, the same number in every octave"):
+        num_octaves(sizes)
