@@ -197,6 +197,7 @@ RULES = {
         may=(
             "detectron2.data",
             "detectron2.engine",
+            "detectron2.evaluation",
             "detectron2.utils",
             "gs_d2.checkpoint",
             "gs_d2.compat",

@@ -104,10 +104,10 @@ def test_takes_torchvisions_weights(pipeline, load_script, tmp_path):
     script = load_script("tools/convert_torchvision.py")
     torch.manual_seed(1)
     _, arrays = script.convert(resnet50(weights=None).state_dict())
-    script.write(tmp_path / "resnet50.pkl", arrays)
+    script.write(tmp_path / "resnet50.pth", arrays)
     assert pipeline.cfg(sampling=True, weights=True).MODEL.WEIGHTS.endswith("torchvision/R-50.pkl")
     model = build_model(pipeline.cfg(sampling=True))
-    result = DetectionCheckpointer(model).load(str(tmp_path / "resnet50.pkl"))
+    result = DetectionCheckpointer(model).load(str(tmp_path / "resnet50.pth"))
     assert not result.get("unexpected_keys") and not result.get("incorrect_shapes")
     bottom_up = model.backbone.bottom_up if hasattr(model.backbone, "bottom_up") else model.backbone
     loaded = bottom_up.state_dict()
