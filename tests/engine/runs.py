@@ -110,6 +110,7 @@ class Processes:
 
 def _run(queue, rank, world_size, port, function, arguments, keywords):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that a user starts
     torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.1  # how soon workers see that a killed process is gone
     try:
         if world_size > 1:
