@@ -91,7 +91,16 @@ class Processes:
         return [process.exitcode for process in self._processes]
 
     def wait(self) -> list:
-        results = dict(self._queue.get() for _ in self._processes)
+        results = {}
+        while len(results) < len(self._processes):
+            if not self._queue._reader.poll(90):  # one has died, or waits for another for ever
+                for process in self._processes:
+                    process.kill()
+                raise AssertionError(
+                    f"only of ranks {sorted(results)} of {len(self._processes)} processes came a result"
+                )
+            rank, result = self._queue.get()
+            results[rank] = result
         self.exitcodes()
         for result in results.values():
             if isinstance(result, str) and result.startswith("Traceback"):
@@ -101,6 +110,7 @@ class Processes:
 
 def _run(queue, rank, world_size, port, function, arguments, keywords):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that a user starts
     torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.1  # how soon workers see that a killed process is gone
     try:
         if world_size > 1:
