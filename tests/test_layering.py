@@ -129,7 +129,13 @@ RULES = {
     ),
     "export": Rule(  # knows the parts of a detector, so that a graph is made of the same
         files=("gs_d2/inference/export.py",),
-        may=("torch", "torchvision.ops.nms", "gs_d2.inference.pyramid.PyramidDetector", "gs_d2.modeling.RPNDetector"),
+        may=(
+            "torch",
+            "torchvision.ops.nms",
+            "onnxscript.opset20",
+            "gs_d2.inference.pyramid.PyramidDetector",
+            "gs_d2.modeling.RPNDetector",
+        ),
         never=(TORCH_OPS_DIRECTLY,),
     ),
     "inference": Rule(

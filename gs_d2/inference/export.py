@@ -54,7 +54,7 @@ class ExportableDetector(nn.Module):
 
         Returns:
             boxes (float32 Tensor[n, 4]): XYXY in pixels of `image`, clipped to it.
-            scores (float32 Tensor[n]): face probabilities of at least TEST.GS.SCORE_THRESH, falling.
+            scores (float32 Tensor[n]): face probabilities of at least TEST.GS.SCORE_THRESH, falling (up to rounding).
 
             With NMS what :class:`RPNDetector` detects; else the candidates that its NMS starts from, at most
             MODEL.RPN.PRE_NMS_TOPK_TEST. n is 0 where no face is found.
@@ -67,12 +67,12 @@ class ExportableDetector(nn.Module):
         features = detector.backbone(pixels.contiguous(memory_format=detector.memory_format))
         anchors, logits, deltas = rpn.predict(features)
         boxes, logits, _ = rpn.best_boxes(anchors, logits[0], deltas[0], (height, width), rpn.score_thresh_test)
-        scores = logits.sigmoid()
         if self.with_nms:
-            # One NMS over all: top_nms looks at chunks until it has enough, with the same result.
-            kept = nms(boxes, scores, detector.nms_thresh)[: detector.max_detections]
-            boxes, scores = boxes[kept], scores[kept]
-        return boxes, scores
+            # One NMS over all: top_nms looks at chunks until it has enough, with the same result. By logits, since
+            # rounding may swap close probabilities.
+            kept = nms(boxes, logits, detector.nms_thresh)[: detector.max_detections]
+            boxes, logits = boxes[kept], logits[kept]
+        return boxes, logits.sigmoid()
 
     def example(self, dtype: torch.dtype = torch.uint8) -> Tensor:
         """An input of a size from which all three formats generalise to others."""
@@ -99,8 +99,8 @@ def to_exported_program(graph: ExportableDetector, dtype: torch.dtype = torch.ui
     """
     if graph.detector.size_divisibility == 1:
         raise ValueError(
-            "torch.export cannot keep the sizes of this backbone open, whose input is not padded (its size_divisibility "
-            "is 0 or 1): export to ONNX or TorchScript instead"
+            "torch.export cannot keep the sizes of this backbone open, since its input is not padded (its "
+            "size_divisibility is 1 or less): export to ONNX or TorchScript instead"
         )
     return _program(graph, dtype)
 
@@ -120,6 +120,7 @@ def to_onnx(graph: ExportableDetector, dtype: torch.dtype = torch.uint8):
         opset_version=OPSET,
         input_names=[INPUT],
         output_names=list(OUTPUTS),
+        custom_translation_table={torch.ops.aten.sort.stable: _onnx_stable_sort()},
     )
     inputs, outputs = program.model.graph.inputs, program.model.graph.outputs
     for value, names in ((inputs[0], ("height", "width")), (outputs[0], ("faces",)), (outputs[1], ("faces",))):
@@ -139,6 +140,16 @@ def _program(graph: ExportableDetector, dtype: torch.dtype) -> torch.export.Expo
             # That the maps of a top-down path fit onto each other follows from the padding, but not for sympy.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+def _onnx_stable_sort():
+    """torch.sort(stable=True) of one dimension, which torch.onnx lacks: TopK of all; the lower index wins ties."""
+    from onnxscript import opset20 as op
+
+    def sort(self, stable: bool = True, dim: int = -1, descending: bool = False):
+        return op.TopK(self, op.Shape(self), axis=dim, largest=descending, sorted=True)
+
+    return sort
 
 
 def _name_open_sizes(value, names: tuple[str, ...]):

@@ -30,12 +30,15 @@ def best_boxes(
         min_size: boxes with a side not above this many pixels are dropped.
 
     Returns:
-        boxes (Tensor[n, 4]), the logits of their probabilities (Tensor[n], falling) and the rows of their anchors
-        (int64 Tensor[n]); n is 0 where nothing is left.
+        boxes (Tensor[n, 4]), the logits of their probabilities (Tensor[n], falling; of equal ones the lower row comes
+        first, everywhere, so that one NMS gives the same on any device) and the rows of their anchors (int64
+        Tensor[n]); n is 0 where nothing is left.
     """
     # What a diverged model predicts is dropped here; in training its loss stops the run.
     scores = (logits[:, 1] - logits[:, 0]).nan_to_num(nan=-float("inf"))
-    scores, rows = scores.topk(_at_most(scores.shape[0], topk))
+    rows = scores.topk(_at_most(scores.shape[0], topk), sorted=False).indices.sort().values
+    scores, order = scores[rows].sort(descending=True, stable=True)
+    rows = rows[order]
     boxes = box2box_transform.apply_deltas(deltas[rows], anchors[rows])
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
     boxes = torch.where(finite[:, None], boxes, torch.zeros_like(boxes))
