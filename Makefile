@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test test-slow bench cuda-check lint clean
+.PHONY: help demo test test-slow bench cuda-check docs lint clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,10 @@ bench: $(VENV)/.built ## the ops and the detector against Detectron2, torchvisio
 cuda-check: $(VENV)/.installed ## compile the CUDA kernels for every architecture, with or without a GPU or a CUDA toolkit
 	$(PY) tools/cuda_check.py
 
+docs: $(VENV)/.docs ## the documentation as HTML, into output/docs; a warning is an error
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html docs output/docs
+	@echo "Open output/docs/index.html"
+
 lint: $(VENV)/.installed ## ruff and clang-format over everything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -45,7 +49,7 @@ $(VENV)/.created: tools/preflight.py
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created constraints.txt tools/install_detectron2.py
-	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm \
+	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm safetensors \
 		pytest hypothesis ruff clang-format onnx onnxruntime onnxscript
 	@$(PY) tools/install_detectron2.py
 	@touch $@
@@ -53,4 +57,8 @@ $(VENV)/.installed: $(VENV)/.created constraints.txt tools/install_detectron2.py
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@echo "Building gs_d2._C"
 	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	@$(PIP) sphinx myst-parser furo
 	@touch $@

@@ -8,23 +8,22 @@ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model
 
 import os
 import sys
+import weakref
 
 import torch
 
 from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import gs_d2.data
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
-from gs_d2.config import add_gs_config, check_config, detection_limits
-from gs_d2.data import FaceDatasetMapper
+from gs_d2.checkpoint import Checkpointer
+from gs_d2.config import check_config, detection_limits, load_config
+from gs_d2.data import build_test_loader, build_train_loader
 from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
 from gs_d2.inference import PyramidDetector
 
@@ -45,11 +44,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
+        return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return build_detection_test_loader(cfg, dataset_name, mapper=FaceDatasetMapper(cfg, is_train=False))
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -58,6 +57,11 @@ class Trainer(DefaultTrainer):
         if evaluator_type in EVALUATORS:
             return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=test_setting(cfg))
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
+
+    def build_hooks(self):
+        # Where both versions of Detectron2 have made their own checkpointer, and nothing uses it yet.
+        self.checkpointer = Checkpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        return super().build_hooks()
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
     # at the first rate of the warm-up; main saves it under this very name.
@@ -97,15 +101,12 @@ def test_setting(cfg):
 
 
 def setup(args):
-    cfg = get_cfg()
-    add_gs_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.freeze()
     try:
+        cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
+    cfg.freeze()
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE} and torch sees no GPU. "
@@ -122,18 +123,25 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=args.allow_pickle, strict=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
     trainer = Trainer(cfg)
+    trainer.checkpointer.allow_pickle = args.allow_pickle
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
 if __name__ == "__main__":
     parser = default_argument_parser()
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read weights that are pickles, which can run any code (docs/files.md)",
+    )
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is needed, for example configs/quick/demo.yaml")

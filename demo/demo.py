@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image, ImageShow
 from tqdm import tqdm
 
+from gs_d2.config import load_config
+from gs_d2.formats.images import as_rgb
 from gs_d2.inference import FaceDetector
-from gs_d2.inference.face_detector import as_rgb, load_config
 from gs_d2.visualization import FACE, draw
 
 SCALES = [0.25, 0.5, 1.0]

@@ -1,8 +1,16 @@
-"""The only definition of this project's config keys, and the check that a config can train the method."""
+"""This project's config keys, the only reader of config files, and the check that a config can train the method."""
+
+import io
+import os
+
+import yaml
 
 from gs_d2 import compat  # noqa: F401
 
 from detectron2.config import CfgNode as CN  # isort: skip
+from detectron2.config import get_cfg  # isort: skip
+
+_MAX_CONFIG_BYTES = 2**20
 
 
 def add_gs_config(cfg):
@@ -89,6 +97,67 @@ def add_gs_config(cfg):
     # [low, high]: of each level only boxes of sqrt(w * h) in this range, in pixels of the level, are kept; the largest
     # level has no lower and the smallest no upper limit, so that every face keeps a level. [] = all boxes.
     cfg.TEST.GS.LEVEL_BOX_SIZE = []
+
+
+def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
+    """A config of its own that may be changed, with this project's keys; reading it runs no code and fetches nothing.
+
+    Args:
+        cfg: a YAML file, or a config with :func:`add_gs_config`'s keys, which is copied.
+        opts: keys and values in turn, which take precedence.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML, an unknown key or a value of another type, naming file and key; a tag that would run code,
+            an alias (a few lines of them can stand for gigabytes), a `_BASE_` that is no local file or that leads back
+            to its own file; or `cfg` lacks the keys.
+    """
+    if isinstance(cfg, CN):
+        if "GS" not in cfg.MODEL:
+            raise ValueError("cfg has no MODEL.GS: call gs_d2.config.add_gs_config(cfg) before reading the file")
+        cfg = cfg.clone()
+        cfg.defrost()
+    else:
+        path, cfg = os.fspath(cfg), get_cfg()
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no such config: {path}")
+        add_gs_config(cfg)
+        cfg = _LocalConfig(cfg)
+        try:
+            cfg.merge_from_file(path, allow_unsafe=False)
+        except RecursionError as error:
+            raise ValueError(f"{path}: nested too deeply, or its _BASE_ leads back to it") from error
+        except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {_text(error)}") from error
+        cfg = CN(cfg)
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"opts {list(opts)}: {_text(error)}") from error
+    return cfg
+
+
+class _LocalConfig(CN):
+    """Opens only what :func:`load_config` allows; Detectron2 calls this for a file and for each `_BASE_` of it."""
+
+    @classmethod
+    def _open_cfg(cls, filename):
+        if not os.path.isfile(filename):  # Detectron2's own opener would download it
+            raise ValueError(f"the _BASE_ {filename} is not a file of this machine")
+        if os.path.getsize(filename) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{filename} has more than {_MAX_CONFIG_BYTES >> 20} MiB: not a config")
+        with open(filename, encoding="utf-8") as file:
+            text = io.StringIO(file.read())
+        text.name = filename  # YAML's messages name it
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError(f"{filename} has a YAML alias (*name), which configs do not need: write the value out")
+        text.seek(0)
+        return text
+
+
+def _text(error: Exception) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # its own text is in quotes
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
 
 
 # (key, what Detectron2 sets, why that breaks the method)

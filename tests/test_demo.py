@@ -12,8 +12,8 @@ import torch
 from detectron2.modeling import build_model
 from PIL import Image
 
+from gs_d2.config import load_config
 from gs_d2.inference import FaceDetector
-from gs_d2.inference.face_detector import load_config
 from gs_d2.visualization import FACE, draw
 
 CONFIG = "configs/quick/demo.yaml"

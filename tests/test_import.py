@@ -179,8 +179,9 @@ def test_registered_names():
 
 def test_parts_for_models_of_others():
     """TwoPassMatcher and GroupSampler stand in for Detectron2's Matcher and subsample_labels."""
-    from gs_d2.modeling import GroupSampler, TwoPassMatcher
+    from gs_d2.modeling import GroupSampler, TwoPassMatcher, group_by_scale
 
+    assert group_by_scale(torch.tensor([20.0, 30.0]), [16, 32]).tolist() == [0, 1]
     matches, labels = TwoPassMatcher([0.4, 0.6], [0, -1, 1])(torch.tensor([[0.7, 0.1]]))
     assert matches.tolist() == [0, 0] and labels.tolist() == [1, 0]
     drawn = GroupSampler(1, 2)(labels, torch.zeros(2, dtype=torch.int64))

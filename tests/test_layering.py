@@ -48,10 +48,33 @@ RULES = {
     # Python
     "gs_d2": Rule(files=("gs_d2/__init__.py",), may=()),
     "compat": Rule(files=("gs_d2/compat.py",), may=("detectron2",)),
+    "collect_env": Rule(
+        files=("gs_d2/collect_env.py",),
+        may=(
+            "torch",
+            "detectron2._C",
+            "detectron2.utils.collect_env",
+            "gs_d2.__version__",
+            "gs_d2.compat",
+            "gs_d2.ops",
+        ),
+    ),
     "config": Rule(
         files=("gs_d2/config.py",),
-        may=("detectron2.config", "gs_d2.compat"),
+        may=("yaml", "detectron2.config", "gs_d2.compat"),
         cfg="anywhere",
+    ),
+    "checkpoint": Rule(
+        files=("gs_d2/checkpoint.py",),
+        may=(
+            "numpy",
+            "torch",
+            "safetensors",
+            "detectron2.checkpoint.DetectionCheckpointer",
+            "detectron2.utils.comm",
+            "gs_d2.compat",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
     ),
     "ops": Rule(files=("gs_d2/ops/*.py",), may=("torch", "gs_d2._C", "gs_d2.ops")),
     "modeling without cfg": Rule(
@@ -73,7 +96,13 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
-    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "gs_d2.formats")),
+    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "PIL", "gs_d2.formats")),
+    "data loaders": Rule(
+        files=("gs_d2/data/loaders.py",),
+        may=("numpy", "torch", "detectron2.data", "gs_d2.data"),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
     "data": Rule(
         files=("gs_d2/data/*.py",),
         may=(
@@ -112,15 +141,14 @@ RULES = {
         may=(
             "numpy",
             "torch",
-            "yaml",
             "PIL",
-            "detectron2.checkpoint.DetectionCheckpointer",
             "detectron2.config",
             "detectron2.data.detection_utils",
             "detectron2.data.transforms",
             "detectron2.modeling.build_model",
-            "detectron2.utils.file_io",
+            "gs_d2.checkpoint",
             "gs_d2.config",
+            "gs_d2.formats",
             "gs_d2.inference",
             "gs_d2.modeling",
         ),
@@ -213,8 +241,11 @@ VIOLATIONS = [
     ("gs_d2", "gs_d2/__init__.py", "import detectron2", "detectron2"),
     ("gs_d2", "gs_d2/__init__.py", "from . import modeling", "gs_d2.modeling"),
     ("compat", "gs_d2/compat.py", "from gs_d2 import ops", "gs_d2.ops"),
+    ("collect_env", "gs_d2/collect_env.py", "import gs_d2.modeling", "gs_d2.modeling"),
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.data", "gs_d2.data"),
+    ("checkpoint", "gs_d2/checkpoint.py", "from gs_d2.config import load_config", "gs_d2.config.load_config"),
+    ("checkpoint", "gs_d2/checkpoint.py", "def f(cfg):\n    return cfg.OUTPUT_DIR", "cfg"),
     ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),
     ("ops", "gs_d2/ops/x.py", "def f():\n    import detectron2.config as c", "detectron2.config"),
     ("ops", "gs_d2/ops/x.py", "def f(cfg):\n    return 1", "cfg"),
@@ -249,6 +280,7 @@ VIOLATIONS = [
     ("formats", "gs_d2/formats/x.py", "from gs_d2.data import load_wider_face", "gs_d2.data.load_wider_face"),
     ("formats", "gs_d2/formats/x.py", "from ..evaluation.progress import track", "gs_d2.evaluation.progress.track"),
     ("formats", "gs_d2/formats/x.py", "import torch", "torch"),
+    ("data loaders", "gs_d2/data/loaders.py", "from gs_d2.evaluation import WiderFaceEvaluator", "gs_d2.evaluation"),
     ("data", "gs_d2/data/x.py", "from gs_d2.modeling import GroupSampler", "gs_d2.modeling.GroupSampler"),
     ("data", "gs_d2/data/x.py", "from .. import ops", "gs_d2.ops"),
     ("data", "gs_d2/data/x.py", "import gs_d2.evaluation.wider_face", "gs_d2.evaluation.wider_face"),
@@ -448,9 +480,11 @@ def test_every_rule_is_shown_to_bite_and_has_files(name):
 
 
 def test_the_project_does_not_depend_on_its_scripts():
-    """gs_d2 is installed without demo/, tools/, tests/ and train_net.py."""
-    scripts = {path.stem for folder in (".", "demo", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")}
-    scripts = (scripts | {"demo", "tools", "tests"}) - {"setup"}
+    """gs_d2 is installed without demo/, examples/, tools/, tests/ and train_net.py."""
+    scripts = {
+        path.stem for folder in (".", "demo", "examples", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")
+    }
+    scripts = (scripts | {"demo", "examples", "tools", "tests"}) - {"setup"}
     for path in source_files():
         if path.endswith(".py"):
             assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +65,8 @@ def inference(trained):
 def test_training_writes_its_checkpoints_and_metrics(trained):
     output, _ = trained
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
-    assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
-    assert torch.load(output / "model_0000001.pth", weights_only=False)["iteration"] == 1
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 3
+    assert torch.load(output / "model_0000001.pth", weights_only=True)["iteration"] == 1
     losses = latest(output, "total_loss")
     assert 3 in losses and losses[3] > 0
     for key in ("loss_rpn_cls", "loss_rpn_loc", "lr"):
@@ -137,6 +139,37 @@ def test_eval_only_gives_the_same_figures(trained, inference, drawn_datasets, tm
     assert not (tmp_path / "model_final.pth").exists()
 
 
+def test_eval_only_with_weights_of_another_model_is_refused(trained, drawn_datasets, tmp_path):
+    """Not a figure of random layers; and a pickle is not opened before its flag is given."""
+    model = torch.load(trained[0] / "model_final.pth", weights_only=True)["model"]
+    backbone = {key: value.numpy() for key, value in model.items() if key.startswith("backbone")}
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"model": backbone, "__author__": "somebody"}))
+    for flags, message in (
+        ((), "weights.pkl is a pickle, which can run any code: pass allow_pickle=True (train_net.py: --allow-pickle)"),
+        (("--allow-pickle",), "weights.pkl does not fit the config's model. Keys 6 missing: proposal_generator."),
+    ):
+        output = tmp_path / f"output{len(flags)}"
+        weights = ("MODEL.WEIGHTS", str(tmp_path / "weights.pkl"))
+        result = train_net(drawn_datasets, output, "--eval-only", *flags, *weights)
+        assert result.returncode != 0
+        assert message in result.stderr.strip().splitlines()[-1]
+        assert not (output / "inference").exists()
+
+
+def test_resume_passes_over_half_a_checkpoint(trained, drawn_datasets, tmp_path):
+    for name in ("model_0000001.pth", "last_checkpoint"):
+        shutil.copy(trained[0] / name, tmp_path)
+    whole = (trained[0] / "model_final.pth").read_bytes()
+    (tmp_path / "model_final.pth").write_bytes(whole[: len(whole) // 2])
+    result = train_net(drawn_datasets, tmp_path, "--resume")
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed = result.stdout + result.stderr
+    assert re.search(r"model_final\.pth cannot be read.*Resuming from .*model_0000001\.pth", printed)
+    assert "Starting training from iteration 2" in printed
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
+    assert not list(tmp_path.glob("*.part"))
+
+
 LATERAL = "backbone.fpn_lateral2.weight"
 
 
@@ -144,7 +177,7 @@ def test_resume_continues_where_a_killed_run_was(trained, drawn_datasets, tmp_pa
     output, _ = trained
     # What is left of a run that was killed in its third iteration: the checkpoint after the second. One weight's
     # momentum is made so large that the two iterations left must show it.
-    checkpoint = torch.load(output / "model_0000001.pth", weights_only=False)
+    checkpoint = torch.load(output / "model_0000001.pth", weights_only=True)
     before = checkpoint["model"][LATERAL]
     (momentum,) = (
         state["momentum_buffer"]
@@ -161,7 +194,7 @@ def test_resume_continues_where_a_killed_run_was(trained, drawn_datasets, tmp_pa
     assert "Starting training from iteration 2" in result.stdout + result.stderr
     assert min(record["iteration"] for record in metrics(tmp_path)) >= 2
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    resumed, whole = (torch.load(folder / "model_final.pth", weights_only=False) for folder in (tmp_path, output))
+    resumed, whole = (torch.load(folder / "model_final.pth", weights_only=True) for folder in (tmp_path, output))
     assert resumed["iteration"] == whole["iteration"] == 3
     assert latest(tmp_path, "lr")[3] == latest(output, "lr")[3]
     rate = checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"][0]["lr"]
@@ -221,6 +254,13 @@ def test_breaking_defaults_are_refused(monkeypatch, tmp_path, flag):
 def test_an_unknown_key_is_named(monkeypatch):
     with pytest.raises((SystemExit, KeyError, AssertionError), match=r"MODEL\.GS\.SAMPLERS"):
         run_here(monkeypatch, "--config-file", str(ROOT / CONFIG), "MODEL.GS.SAMPLERS", "wrs")
+
+
+def test_a_config_runs_no_code(monkeypatch, tmp_path):
+    (tmp_path / "x.yaml").write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'trap'}']\n")
+    with pytest.raises(SystemExit, match=r"x\.yaml: .*python/object/apply"):
+        run_here(monkeypatch, "--config-file", str(tmp_path / "x.yaml"))
+    assert not (tmp_path / "trap").exists()
 
 
 def test_a_missing_config_file_is_named(monkeypatch):

@@ -28,9 +28,8 @@ from fvcore.nn import FlopCountAnalysis
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 import gs_d2.modeling  # noqa: F401  isort: skip  (registers the models)
-from gs_d2.config import add_gs_config  # isort: skip
+from gs_d2.config import load_config  # isort: skip
 
-from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import ResNet, build_model
 
@@ -102,7 +101,7 @@ def print_paper() -> int:
     analysed, problems = {}, []
     for table, row, name, paper in PAPER:
         if name not in analysed:
-            analysed[name] = analyze(load(CONFIGS / name), PAPER_SIZE)
+            analysed[name] = analyze(load_config(CONFIGS / name), PAPER_SIZE)
             problems += complaints(analysed[name], name)
         for figure, expected in paper.items():
             ours = analysed[name].figures[figure]
@@ -120,7 +119,7 @@ def print_paper() -> int:
 
 
 def print_one(config_file: str, size: tuple[int, int], opts: list[str]) -> int:
-    found = analyze(load(config_file, opts), size)
+    found = analyze(load_config(config_file, opts), size)
     for figure, value in found.figures.items():
         print(f"{figure:20}{value:10.2f} {_UNITS[figure]}")
     print_units(found.size)
@@ -142,14 +141,6 @@ def report(problems: list[str]) -> int:
     for problem in problems:
         print(f"analyze_model: {problem}", file=sys.stderr)
     return 2 if problems else 0
-
-
-def load(config_file, opts=()):
-    cfg = get_cfg()
-    add_gs_config(cfg)
-    cfg.merge_from_file(str(config_file))
-    cfg.merge_from_list(list(opts))
-    return cfg
 
 
 def analyze(cfg, size: tuple[int, int]) -> Complexity:

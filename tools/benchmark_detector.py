@@ -26,9 +26,11 @@ from benchmark_ops import machine, time_once
 from detectron2.config import get_cfg
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from profile_step import Stopwatch, load, parts_of, random_input, random_model, train_step
+from profile_step import Stopwatch, parts_of, random_input, random_model, train_step
 from tabulate import tabulate
 from tqdm import tqdm
+
+from gs_d2.config import load_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "wider" / "fpn_finest_sampling.yaml"
 STOCK = "Detectron2"
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None):
 def entries(device, inputs, opts):
     """By name the calls, each of which takes a Stopwatch, and the methods that their parts are."""
     calls, parts = {}, {}
-    configs = {STOCK: stock_config()} | {who: load(CONFIG, settings) for who, settings in OURS.items()}
+    configs = {STOCK: stock_config()} | {who: load_config(CONFIG, settings) for who, settings in OURS.items()}
     for who, cfg in configs.items():
         cfg.merge_from_list(["MODEL.DEVICE", device, *opts])
         cfg.SOLVER.BASE_LR = LEARNING_RATE

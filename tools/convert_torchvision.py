@@ -3,7 +3,7 @@
 
     tools/convert_torchvision.py resnet18-f37072fd.pth
 
-The output is a .pkl that Detectron2's checkpointer loads into a ResNet, alone or inside a detector. The depth is told
+The output is a .pth that Detectron2's checkpointer loads into a ResNet, alone or inside a detector. The depth is told
 by the names in the file. The ImageNet classifier (fc) is left out, for no detector uses it, and so are BatchNorm's
 counters. Whatever else is missing, unknown, of another shape or not a finite number is an error, and then nothing is
 written. Prints the config that these weights need, as YAML. Exit code 2 on an error.
@@ -12,7 +12,6 @@ written. Prints the config that these weights need, as YAML. Exit code 2 on an e
 import argparse
 import json
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -45,18 +44,18 @@ def main(argv: list[str] | None = None) -> int:
         "--output",
         type=Path,
         metavar="FILE",
-        help="file to write, .pkl (default: weights/resnet<depth>.pkl, where our configs look for it)",
+        help="file to write, .pth (default: weights/resnet<depth>.pth, where our configs look for it)",
     )
     args = parser.parse_args(argv)
     try:
-        if args.output is not None and args.output.suffix != ".pkl":
-            raise ValueError(f"{args.output}: Detectron2 reads these weights from a file named .pkl only")
+        if args.output is not None and args.output.suffix != ".pth":
+            raise ValueError(f"{args.output}: Detectron2 reads these weights from a file named .pth only")
         state_dict = read(args.weights)
         try:
             depth, arrays = convert(state_dict)
         except ValueError as error:
             raise ValueError(f"{args.weights}: {error}") from error
-        output = args.output or Path("weights") / f"resnet{depth}.pkl"
+        output = args.output or Path("weights") / f"resnet{depth}.pth"
         write(output, arrays)
     except (OSError, ValueError) as error:
         print(f"convert_torchvision: {error}", file=sys.stderr)
@@ -143,7 +142,8 @@ def write(path: Path, arrays: dict[str, np.ndarray]):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "xb") as file:
-            pickle.dump({"model": arrays, "__author__": "torchvision", "matching_heuristics": True}, file)
+            state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            torch.save({"model": state, "__author__": "torchvision", "matching_heuristics": True}, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

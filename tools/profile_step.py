@@ -25,7 +25,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the tools beside this one
 
 from benchmark_ops import faces, machine
-from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -33,10 +32,11 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-import gs_d2.modeling
-from gs_d2.config import add_gs_config
+import gs_d2.modeling.group_loss
+from gs_d2.config import load_config
 from gs_d2.data import FaceDatasetMapper
-from gs_d2.modeling import GroupSampler, GroupSamplingRPN, TwoPassMatcher
+from gs_d2.modeling import GroupSampler, TwoPassMatcher
+from gs_d2.modeling.group_loss import GroupLoss
 
 FILE_SIZE = (1024, 768)  # width and height of WIDER FACE's images, most of which are 1024 wide
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
     try:
-        cfg = load(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
     except (OSError, KeyError, ValueError, AssertionError) as error:
         print(f"profile_step: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -59,14 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     loading = profile_loading(cfg, args.faces, args.steps)
     print(report(times, loading, machine(torch.device(cfg.MODEL.DEVICE))))
     return 0
-
-
-def load(config_file, opts=()):
-    cfg = get_cfg()
-    add_gs_config(cfg)
-    cfg.merge_from_file(str(config_file))
-    cfg.merge_from_list(list(opts))
-    return cfg
 
 
 class Stopwatch:
@@ -131,9 +123,9 @@ def parts_of(model):
         (model, "select_detections"): "proposals",
         (rpn.anchor_generator, "forward"): "labelling",
         (TwoPassMatcher, "match_images"): "labelling",
-        (GroupSamplingRPN, "group_anchors"): "labelling",
+        (GroupLoss, "group"): "labelling",
         (GroupSampler, "__call__"): "sampling",
-        (gs_d2.modeling.rpn, "prune_overlapping"): "sampling",
+        (gs_d2.modeling.group_loss, "prune_overlapping"): "sampling",
     } | ({(model.roi_heads, "forward"): "second stage"} if hasattr(model, "roi_heads") else {})
 
 

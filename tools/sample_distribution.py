@@ -114,22 +114,19 @@ class TrainedAnchors:
 
     def __init__(self, config_file):
         import torch
-        from detectron2.config import get_cfg
         from detectron2.modeling import build_backbone, build_proposal_generator
 
         import gs_d2.modeling
-        from gs_d2.config import add_gs_config
+        from gs_d2.config import load_config
         from gs_d2.data import FaceDatasetMapper
 
-        cfg = get_cfg()
-        add_gs_config(cfg)
-        cfg.merge_from_file(str(config_file))
+        cfg = load_config(config_file)
         with torch.device("meta"):  # strides are all that is wanted of it: no memory, no weights
             backbone = build_backbone(cfg)
         self.shapes = backbone.output_shape()
         self.size_divisibility = max(backbone.size_divisibility, 1)
         self.rpn = build_proposal_generator(cfg, self.shapes)
-        if not isinstance(self.rpn, gs_d2.modeling.GroupSamplingRPN) or self.rpn.sampler.method != "random":
+        if not isinstance(self.rpn, gs_d2.modeling.GroupSamplingRPN) or self.rpn.group_loss.sampler.method != "random":
             raise ValueError(
                 f"{config_file}: what is drawn by loss cannot be known without a net; "
                 "only GroupSamplingRPN with MODEL.GS.SAMPLER random can be counted. Read a run's metrics.json instead"
@@ -160,11 +157,12 @@ class TrainedAnchors:
         maps = [torch.empty(1, 0, *size) for size in self.map_sizes(image_size)]
         anchors = Boxes.cat(rpn.anchor_generator(maps)).tensor
         faces, ignored = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignored))
-        match_labels, _, _ = rpn.anchor_matcher.match_images(anchors, [faces], [ignored])
-        scale_idxs, group_idxs = rpn.group_anchors(anchors)
-        sampled_labels = rpn.sampler(match_labels, group_idxs, seed=seed)
+        group_loss = rpn.group_loss
+        match_labels, _, _ = group_loss.match(anchors, [faces], [ignored])
+        scale_idxs, group_idxs = group_loss.group(anchors)
+        sampled_labels = group_loss.sampler(match_labels, group_idxs, seed=seed)
         masks = (match_labels == 1, match_labels == 0, sampled_labels == 1, sampled_labels == 0)
-        num_scales = len(rpn.group_scales)
+        num_scales = len(group_loss.group_scales)
         return {
             name: group_sums(mask, scale_idxs, num_scales)[0].numpy().astype(np.int64)
             for name, mask in zip(TITLES, masks, strict=True)
@@ -214,7 +212,7 @@ def count_annotations(config_files=None, dataset="wider_face_train", num_images=
         "unit": "anchors, in one view of each image",
         "detectors": {
             name: {
-                label: dict(zip(map(float, detectors[name].rpn.group_scales), counts.tolist(), strict=True))
+                label: dict(zip(map(float, detectors[name].rpn.group_loss.group_scales), counts.tolist(), strict=True))
                 for label, counts in by_label.items()
             }
             for name, by_label in totals.items()

@@ -21,10 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.config import add_gs_config, check_config  # isort: skip
+from gs_d2.config import check_config, load_config  # isort: skip
 from gs_d2.evaluation.report import format_table  # isort: skip
 
-from detectron2.config import get_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [str(ROOT / f"configs/wider/{name}.yaml") for name in ("fpn", "fpn_finest", "fpn_finest_sampling")]
@@ -85,14 +84,14 @@ def prepare(configs, values, seeds, output, opts=(), num_gpus=1) -> list[dict]:
         )
     runs = []
     for config, name in zip(configs, names, strict=True):
-        check_config(load_cfg(config, opts))
+        check_config(load_config(config, opts))
         for num_samples in values:
             for seed in seeds:
                 folder = Path(output).resolve() / name / f"n{num_samples}_seed{seed}"
                 # A single evaluation, at the end: its results then say that the run is finished.
                 own = [NUM_SAMPLES, num_samples, "SEED", seed, "OUTPUT_DIR", folder, "TEST.EVAL_PERIOD", 0]
                 overrides = [*opts, *map(str, own)]
-                cfg = load_cfg(config, overrides)
+                cfg = load_config(config, overrides)
                 try:
                     check_config(cfg)
                 except ValueError:  # Detectron2's default of N, 256, is on purpose here
@@ -108,14 +107,6 @@ def prepare(configs, values, seeds, output, opts=(), num_gpus=1) -> list[dict]:
                     }
                 )
     return runs
-
-
-def load_cfg(config, opts):
-    cfg = get_cfg()
-    add_gs_config(cfg)
-    cfg.merge_from_file(str(config))
-    cfg.merge_from_list(list(opts))
-    return cfg
 
 
 def write_script(runs, output: Path) -> Path:

@@ -5,7 +5,8 @@
     tools/visualize_data.py --source dataloader --config-file configs/quick/demo.yaml --output-dir pictures
 
 Faces are green, regions to ignore grey and crossed. The flags are Detectron2's. The data set is DATASETS.TRAIN of the
-config; another one: DATASETS.TRAIN "('wider_face_val',)" at the end of the command.
+config; another one: DATASETS.TRAIN "('wider_face_val',)" at the end of the command. Images that cannot be read
+are named and left out.
 """
 
 import argparse
@@ -20,13 +21,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
-from gs_d2.config import add_gs_config  # isort: skip
-from gs_d2.data import FaceDatasetMapper  # isort: skip
+from gs_d2.config import load_config  # isort: skip
+from gs_d2.data import build_train_loader  # isort: skip
+from gs_d2.formats.images import as_rgb  # isort: skip
 from gs_d2.visualization import draw_annotations  # isort: skip
 
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.utils.env import seed_all_rng
 
@@ -47,14 +47,11 @@ def main(argv=None):
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
     try:
-        cfg = get_cfg()
-        add_gs_config(cfg)
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
+        cfg = load_config(args.config_file, args.opts)
         seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
         visualize = from_annotations if args.source == "annotation" else from_dataloader
         write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)
-    except (OSError, KeyError, ValueError, AssertionError) as error:
+    except (OSError, KeyError, ValueError, AssertionError, RuntimeError) as error:
         sys.exit(f"visualize_data: {' '.join(str(error).split())}")
 
 
@@ -83,14 +80,18 @@ def from_annotations(cfg, num_images):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     for record in tqdm(records, desc="drawing", unit="image"):
         boxes, ignored = record["gt_boxes"], record["gt_ignore"]
-        image = Image.fromarray(utils.read_image(record["file_name"], "RGB"))
+        try:
+            image = as_rgb(record["file_name"])
+        except (FileNotFoundError, ValueError) as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
         yield record["image_id"], draw_annotations(image, boxes[~ignored], boxes[ignored])
 
 
 def from_dataloader(cfg, num_images):
     """(image_id, picture) of what the training loop would get."""
     num_images = num_images or len(load_records(cfg))
-    loader = build_detection_train_loader(cfg, mapper=FaceDatasetMapper(cfg, is_train=True))
+    loader = build_train_loader(cfg)
     with tqdm(total=num_images, desc="drawing", unit="image") as bar:
         for batch in loader:
             for view in batch:

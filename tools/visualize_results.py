@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from gs_d2 import ops
@@ -16,6 +15,7 @@ from gs_d2.visualization import FALSE_ALARM, HIT, IGNORED, MISS, beside, draw
 import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
 from gs_d2.evaluation import face_eval, fddb, read_wider_predictions  # isort: skip
 from gs_d2.formats.fddb import bounding_boxes  # isort: skip
+from gs_d2.formats.images import as_rgb  # isort: skip
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -47,7 +47,7 @@ def visualize(dataset, predictions, output, score_thresh, num_images):
         rows = rows[rows[:, 4] >= score_thresh]
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
         boxes = rows[:, :4]
-        image = Image.open(record["file_name"]).convert("RGB")
+        image = as_rgb(record["file_name"])
         found, hits = match(record["gt_boxes"], boxes)
         colours = np.where(record["gt_ignore"], "ignored", np.where(found, "hit", "miss"))
         left = draw(image, record["gt_boxes"], [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours])

@@ -8,11 +8,14 @@ from gs_d2.data.augmentation import ScaleJitterCrop
 from gs_d2.data.dataset_mapper import FaceDatasetMapper
 from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
 from gs_d2.data.fddb import load_fddb, register_all_fddb, register_fddb
+from gs_d2.data.loaders import build_test_loader, build_train_loader
 from gs_d2.data.wider_face import load_wider_face, register_all_wider_face, register_wider_face
 
 __all__ = [
     "FaceDatasetMapper",
     "ScaleJitterCrop",
+    "build_test_loader",
+    "build_train_loader",
     "load_face_eval",
     "load_fddb",
     "load_wider_face",

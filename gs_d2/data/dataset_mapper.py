@@ -10,13 +10,21 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
 from gs_d2.data.augmentation import ScaleJitterCrop
+from gs_d2.formats.images import as_rgb
+
+_LEAST_SHOWN = 0.25  # of a box's area; one around a face and its centre in the image shows at least this
+
+
+class BadDataError(ValueError):
+    """An image, or its annotation, cannot be used; names the file."""
 
 
 class FaceDatasetMapper:
     """Reads and augments one image of a face data set (see :func:`gs_d2.data.load_wider_face` for its dicts).
 
     Regions where no anchor may be a negative sample: boxes flagged invalid, and faces smaller than `min_face_size`
-    after augmentation. Boxes without area are left out.
+    after augmentation. Left out are boxes without area, and those that cannot belong to the image
+    (:func:`off_the_image`).
     """
 
     @configurable
@@ -58,9 +66,15 @@ class FaceDatasetMapper:
         Returns:
             dict: the input's file_name and image_id, with height and width of the file; image (uint8 Tensor[3, H, W]);
             in training also instances (gt_boxes, gt_classes all 0) and ignore_boxes (Boxes), in pixels of `image`.
+
+        Raises:
+            FileNotFoundError: there is no such image.
+            BadDataError: the image cannot be read (see :func:`gs_d2.formats.images.as_rgb`), has not the `height` and
+                `width` that the dict gives, or the boxes have NaN or infinity; names the file. Nothing random has been
+                drawn by then. :func:`gs_d2.data.build_train_loader` takes another image in its place.
         """
         result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
-        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        image = self._read(dataset_dict)
         result["height"], result["width"] = image.shape[:2]
         if not self.is_train:
             image = self._augment(image)[0]
@@ -71,28 +85,40 @@ class FaceDatasetMapper:
             instances.gt_classes = torch.zeros(len(faces), dtype=torch.int64)
             result["instances"] = instances
             result["ignore_boxes"] = Boxes(torch.from_numpy(ignored))
-        result["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        # Not np.ascontiguousarray, which leaves the negative stride of a flipped side of one pixel; torch refuses it.
+        result["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return result
+
+    def _read(self, dataset_dict) -> np.ndarray:
+        try:
+            image = utils.convert_PIL_to_numpy(as_rgb(dataset_dict["file_name"]), self.image_format)
+            utils.check_image_size(dict(dataset_dict), image)
+        except ValueError as error:
+            raise BadDataError(str(error)) from error
+        if self.is_train and not np.isfinite(dataset_dict["gt_boxes"]).all():
+            raise BadDataError(f"{dataset_dict['file_name']}: its annotated boxes have NaN or infinity")
+        return image
 
     def augment(self, image: np.ndarray, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One training view: the augmented image, boxes to train on and boxes to ignore, float32 [n, 4] in its pixels.
 
         Whoever wants only the boxes passes a blank image [H, W] of the file's size.
         """
+        file_size = image.shape[:2]
         image, transforms = self._augment(image)
-        return image, *self._split_boxes(dataset_dict, transforms, image.shape[:2])
+        return image, *self._split_boxes(dataset_dict, transforms, file_size, image.shape[:2])
 
     def _augment(self, image):
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         return aug_input.image, transforms
 
-    def _split_boxes(self, dataset_dict, transforms, image_size):
+    def _split_boxes(self, dataset_dict, transforms, file_size, image_size):
         """Boxes to train on and boxes to ignore, float32 [n, 4], transformed and clipped to the image."""
         boxes = dataset_dict["gt_boxes"]
         ignore = dataset_dict["gt_ignore"]
-        has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        boxes, ignore = transforms.apply_box(boxes[has_area]), ignore[has_area]
+        usable = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~off_the_image(boxes, *file_size)
+        boxes, ignore = transforms.apply_box(boxes[usable]), ignore[usable]
         height, width = image_size
         limits = np.array([width, height, width, height])
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -103,3 +129,13 @@ class FaceDatasetMapper:
         ignore = ignore | (np.sqrt(size.prod(axis=1)) < self.min_face_size)
         # A face whose centre the crop cuts off is dropped; a region to ignore counts wherever it is still seen.
         return boxes[~ignore & inside & visible], boxes[ignore & visible]
+
+
+def off_the_image(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Which boxes [n, 4] (XYXY) cannot be of an image of this size, bool [n]: less than a quarter of their area is in
+    it, as when they lie beyond the image or are far larger. Boxes without area are none of them.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64)
+    shown = np.clip(boxes, 0, [width, height, width, height])
+    area, shown_area = (np.maximum(b[:, 2:] - b[:, :2], 0).prod(axis=1) for b in (boxes, shown))
+    return shown_area < _LEAST_SHOWN * area

@@ -1,5 +1,6 @@
 """Curves on disk and on paper: npz, official `wider_pr_info_*.mat`, plots like the paper's Fig. 7 and 9."""
 
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gs_d2.formats.files import FileTree
+
 from .face_eval import FaceEvalResult
 from .fddb import FddbResult
 from .precision_recall import PrecisionRecallCurve
 from .report import FACE_EVAL_TITLES
 
+_MAX_CURVE = 1_000_000  # numbers; official ones have 2,000, and a tiny file can claim billions
 _OFFICIAL_NAME = re.compile(r"wider_pr_info_(?P<method>.+)_(?P<subset>easy|medium|hard)_(?:val|test)\.mat")
 
 
@@ -24,13 +28,27 @@ def save_curves(curves: Mapping[str, PrecisionRecallCurve], path: str | os.PathL
 
 
 def load_curves(path: str | os.PathLike) -> dict[str, PrecisionRecallCurve]:
-    """Reads what `save_curves` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        names = [key[: -len(".recall")] for key in arrays.files if key.endswith(".recall")]
-        return {
-            name: PrecisionRecallCurve(recall=arrays[f"{name}.recall"], precision=arrays[f"{name}.precision"])
-            for name in names
-        }
+    """Reads what `save_curves` wrote.
+
+    Raises:
+        FileNotFoundError: if `path` does not exist.
+        ValueError: if the file is not one.
+    """
+    with FileTree(path) as tree:
+        try:
+            arrays = {
+                name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(tree.read_bytes(name)))
+                for name in tree.names
+            }
+            names = [key.removesuffix(".recall") for key in arrays if key.endswith(".recall")]
+            curves = {
+                name: (np.float64(arrays[f"{name}.recall"]), np.float64(arrays[f"{name}.precision"])) for name in names
+            }
+            if not all(recall.ndim == 1 and recall.shape == precision.shape for recall, precision in curves.values()):
+                raise ValueError("recall and precision must be of the same length")
+        except (EOFError, KeyError, MemoryError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not the npz of curves that save_curves writes ({error})") from error
+    return {name: PrecisionRecallCurve(recall=r, precision=p) for name, (r, p) in curves.items()}
 
 
 def read_official_curve(path: str | os.PathLike) -> PrecisionRecallCurve:
@@ -43,8 +61,13 @@ def read_official_curve(path: str | os.PathLike) -> PrecisionRecallCurve:
 
     try:
         with h5py.File(path, "r") as file:
-            values = np.asarray(file["pr_cruve"], dtype=np.float64)
-    except (OSError, KeyError) as error:
+            curve = file["pr_cruve"] if isinstance(file.get("pr_cruve", getlink=True), h5py.HardLink) else None
+            if not isinstance(curve, h5py.Dataset) or curve.is_virtual or curve.external:
+                raise ValueError("it has no array pr_cruve of its own")  # but perhaps one of another file's bytes
+            if curve.size is None or curve.size > _MAX_CURVE:
+                raise ValueError(f"pr_cruve has the shape {curve.shape}")
+            values = np.asarray(curve, dtype=np.float64)
+    except (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a precision-recall curve of WIDER FACE's tools ({error})") from error
     if values.ndim != 2 or 2 not in values.shape:
         raise ValueError(f"{path}: pr_cruve must be 1000 x 2, got {values.shape}")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from gs_d2.formats.files import FileTree, parse_count, parse_rows
+from gs_d2.formats.files import FileTree, is_inside, parse_count, parse_rows
 
 from .progress import track
 
@@ -137,7 +137,7 @@ def write_wider_predictions(detections: Mapping[str, np.ndarray], path: str | os
     try:
         for image_id in sorted(detections):
             parts = PurePosixPath(image_id).parts
-            if len(parts) != 2 or image_id.startswith("/") or ".." in parts:
+            if len(parts) != 2 or not is_inside(image_id):
                 raise ValueError(f"image id must be '<event>/<image>', got {image_id!r}")
             rows = np.asarray(detections[image_id], dtype=np.float64).reshape(-1, 5)
             if not np.isfinite(rows).all():

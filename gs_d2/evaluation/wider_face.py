@@ -9,7 +9,6 @@ Shape shorthand in this module:
         thresholds
 """
 
-import io
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gs_d2.formats.files import FileTree
+from gs_d2.formats.mat import load_mat
 
 from .precision_recall import PrecisionRecallCurve, pixel_iou
 from .progress import track
@@ -139,18 +139,13 @@ class WiderGroundTruth:
 
 def _load_mat(tree: FileTree, file_name: str) -> tuple[str, dict] | None:
     """Where a MATLAB file of the tree is, and its variables; None if there is none of that name."""
-    from scipy.io import loadmat
-
     found = [name for name in tree.names if name.rsplit("/", 1)[-1] == file_name]
     if not found:
         return None
     if len(found) > 1:
         raise ValueError(f"{tree.path}: both {found[0]} and {found[1]}; give the folder of one of them")
     where = tree.where(found[0])
-    try:
-        return where, loadmat(io.BytesIO(tree.read_bytes(found[0])))
-    except Exception as error:  # scipy raises many kinds for a damaged file
-        raise ValueError(f"{where}: cannot be read as a MATLAB file ({error})") from error
+    return where, load_mat(tree.read_bytes(found[0]), where)
 
 
 def _per_image(events: np.ndarray) -> list[np.ndarray]:

@@ -47,9 +47,9 @@ class WiderFaceEvaluator(DetectionEvaluator):
         detections = {image_id: rows for image_id, (rows, _) in records.items()}
         group_scales = {image_id: scales for image_id, (_, scales) in records.items() if scales is not None}
         ground_truth = self._ground_truth(detections)
+        missing = self._not_processed(ground_truth.image_ids, records)
         if not len(ground_truth.boxes):
             return self._write_submission(detections)
-        missing = self._not_processed(ground_truth.image_ids, records)
         result = evaluate_wider_face(ground_truth, detections)
         by_scale = self._evaluate_scales(ground_truth, detections, group_scales)
 

@@ -1,14 +1,15 @@
 """AFW and PASCAL faces: the annotation files of "face-eval" (Mathias et al., ECCV 2014)."""
 
-import io
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from .files import FileTree
+from .mat import load_mat
 
 MIN_FACE = 30  # pixels; smaller annotated faces are ignored
+_MAX_NUMBER = 1e6  # pixels
 _FILE_NAMES = {
     "afw": "new_annotations_AFW.mat",
     "pascal_face": "Annotations_Face_PASCALLayout_large_fixed.mat",
@@ -42,12 +43,11 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: for an unknown benchmark or a file of another layout.
+        ValueError: for an unknown benchmark, a file of another layout, an image that comes twice, or a box with NaN,
+            infinity or numbers of a million and more.
     """
     if benchmark not in _FILE_NAMES:
         raise ValueError(f"benchmark must be one of {', '.join(_FILE_NAMES)}, got {benchmark!r}")
-    from scipy.io import loadmat
-
     with FileTree(path) as tree:
         names = [n for n in tree.names if n.rsplit("/", 1)[-1] == _FILE_NAMES[benchmark]]
         if not names and tree.is_file:  # named by the user, whatever it is called
@@ -56,13 +56,17 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
             raise FileNotFoundError(f"{path}: no {_FILE_NAMES[benchmark]}; it is in face-eval's annotations")
         where = tree.where(names[0])
         try:
-            records = loadmat(io.BytesIO(tree.read_bytes(names[0])))["Annotations"].reshape(-1)
+            records = load_mat(tree.read_bytes(names[0]), where)["Annotations"].reshape(-1)
             boxes, ignored = {}, {}
             for record in records:
                 name = image_name(record["imgname"][0])
                 objects = np.asarray(record["objects"], dtype=np.float64)
                 objects = objects.reshape(-1, objects.shape[-1]) if objects.size else np.zeros((0, 6))
+                if not name or name in boxes:
+                    raise ValueError(f"image {name!r} has no name, or comes a second time")
                 boxes[name] = objects[:, :4]
+                if not (np.abs(boxes[name]) < _MAX_NUMBER).all():  # NaN and infinity are not either
+                    raise ValueError(f"a box of image {name!r} is not of numbers below {_MAX_NUMBER:g}")
                 flagged = objects[:, 5] != 0 if objects.shape[1] > 5 else np.zeros(len(objects), dtype=bool)
                 small = (np.abs(objects[:, 2:4] - objects[:, :2]) < MIN_FACE).any(axis=1)
                 ignored[name] = flagged | small

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .files import FileTree, parse_count, parse_rows
+from .files import FileTree, is_inside, parse_count, parse_rows
+
+_MAX_NUMBER = 1e6  # pixels
 
 
 def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -25,22 +27,27 @@ def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
             names = tree.names
         if not names:
             raise FileNotFoundError(f"{path}: no FDDB-fold-*-ellipseList.txt below it; they are in FDDB-folds.tgz")
-        return {image: rows[:, :5] for image, rows in read_region_lists(tree, names, (6,)).items()}
+        regions = read_region_lists(tree, names, (6,), annotated=True)
+        return {image: rows[:, :5] for image, rows in regions.items()}
 
 
-def read_region_lists(tree: FileTree, names: Iterable[str], allowed_columns: tuple[int, ...]) -> dict[str, np.ndarray]:
+def read_region_lists(
+    tree: FileTree, names: Iterable[str], allowed_columns: tuple[int, ...], *, annotated: bool = False
+) -> dict[str, np.ndarray]:
     """Reads lists of FDDB's layout: image name, number of regions, one region a line.
 
     Args:
         tree: holds the lists.
         names: of the lists in it.
         allowed_columns: how many numbers a region may have; all regions must have the same.
+        annotated: whether these are annotated ellipses: radii must be above 0, and all numbers below a million.
 
     Returns:
         image name, without `.jpg` -> float64 ndarray[n, columns].
 
     Raises:
-        ValueError: for a malformed list, naming file and line, or an image given twice.
+        ValueError: for a malformed list, an image given twice, or one whose path would leave the folder of the images;
+            names file and line.
     """
     images: dict[str, np.ndarray] = {}
     num_columns = None
@@ -51,6 +58,10 @@ def read_region_lists(tree: FileTree, names: Iterable[str], allowed_columns: tup
                 at += 1
                 continue
             image = lines[at].strip().removesuffix(".jpg")
+            if not is_inside(image):
+                raise ValueError(
+                    f"{where}, line {at + 1}: expected an image path like 2002/07/19/big/img_130, got {image[:80]!r}"
+                )
             if image in images:
                 raise ValueError(f"{where}, line {at + 1}: image {image[:80]} for the second time")
             if at + 1 >= len(lines):
@@ -67,8 +78,20 @@ def read_region_lists(tree: FileTree, names: Iterable[str], allowed_columns: tup
             images[image] = parse_rows(rows, at + 3, num_columns or allowed_columns[0], where)
             if len(images[image]) != count:
                 raise ValueError(f"{where}, line {at + 2}: says {count} but some of these lines are blank")
+            if annotated:
+                _check_ellipses(images[image], rows, at + 3, where)
             at += 2 + count
     return images
+
+
+def _check_ellipses(values, lines, first_line, where):
+    valid = (values[:, :2] > 0).all(axis=1) & (np.abs(values) < _MAX_NUMBER).all(axis=1)
+    if not valid.all():
+        wrong = int(valid.argmin())
+        raise ValueError(
+            f"{where}, line {first_line + wrong}: need radii above 0 and numbers below {_MAX_NUMBER:g}, "
+            f"got {lines[wrong].strip()[:80]!r}"
+        )
 
 
 def bounding_boxes(ellipses: np.ndarray) -> np.ndarray:

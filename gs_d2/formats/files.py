@@ -1,16 +1,92 @@
 """Folders and zips, read without trusting them, and rows of numbers."""
 
 import os
+import re
+import stat
 import zipfile
-from collections.abc import Iterable
+import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-# What a zip may hold. Real sets have about 3,300 entries and, with 1.9 million detections, about 100 MB.
-_MAX_ENTRIES = 200_000
-_MAX_FILE_BYTES = 64 * 2**20
-_MAX_TOTAL_BYTES = 2**30
+
+@dataclass(frozen=True)
+class ZipLimits:
+    """What a zip may hold: entries, and bytes unpacked of a file and of all; a large file may shrink to 1 % at most."""
+
+    entries: int = 200_000
+    file_bytes: int = 64 * 2**20
+    total_bytes: int = 2**30
+
+
+# Real prediction sets have about 3,300 entries and, with 1.9 million detections, about 100 MB.
+_PREDICTIONS = ZipLimits()
+_MAX_RATIO = 100
+_RATIO_FROM = 2**20  # bytes unpacked; less does no harm
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes to work in
+_BROKEN = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError)
+_MAX_NUMBER = 1e9  # far above any pixel, score or count of rows; keeps later arithmetic finite
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path with forward slashes stays below its folder, on any system."""
+    drive = re.match(r"[A-Za-z]:", name)
+    return (
+        bool(name)
+        and not (drive or name.startswith("/") or {"..", ""} & set(name.rstrip("/").split("/")))
+        and ("\\" not in name and name.isprintable())
+    )
+
+
+def open_zip(path: str | os.PathLike, limits: ZipLimits) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """An archive and its files by name, with forward slashes; nothing is unpacked.
+
+    Raises:
+        ValueError: naming the zip and the entry: it is damaged, encrypted, beyond the limits, compressed by a method
+            that official zips do not use, has a link, a file twice, or a path that would leave the archive.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except _BROKEN as error:
+        raise ValueError(f"{path}: not a readable zip file ({error}); make it again or download it again") from error
+    try:
+        return archive, _checked_members(path, archive.infolist(), limits)
+    except ValueError:
+        archive.close()
+        raise
+
+
+def _checked_members(path, infos, limits) -> dict[str, zipfile.ZipInfo]:
+    if len(infos) > limits.entries:
+        raise ValueError(f"{path}: {len(infos)} entries, more than {limits.entries}; refused")
+    members, total = {}, 0
+    for info in infos:
+        name = info.filename.replace("\\", "/")
+        if not is_inside(name):
+            raise ValueError(f"{path}: unsafe path {info.filename!r} in the zip, which leaves the archive; refused")
+        if info.is_dir() or "__MACOSX" in PurePosixPath(name).parts:
+            continue
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise ValueError(f"{path}: {name} is a link; refused: make the zip again with the files themselves")
+        if info.flag_bits & 1:
+            raise ValueError(f"{path}: {name} is encrypted; make the zip again without a password")
+        if info.compress_type not in _METHODS:
+            raise ValueError(f"{path}: {name} is compressed by method {info.compress_type}; make the zip with deflate")
+        if name in members:
+            raise ValueError(f"{path}: {name} is in the zip twice; make the zip again")
+        total += info.file_size
+        if info.file_size > limits.file_bytes or total > limits.total_bytes:
+            raise ValueError(
+                f"{path}: unpacks to more than {limits.file_bytes >> 20} MiB a file or "
+                f"{limits.total_bytes >> 20} MiB in all (at {name}); if you trust it, unpack it yourself"
+            )
+        if info.file_size > max(_RATIO_FROM, _MAX_RATIO * info.compress_size):
+            raise ValueError(
+                f"{path}: {name} unpacks to more than {_MAX_RATIO} times its size; if you trust it, unpack it yourself"
+            )
+        members[name] = info
+    return members
 
 
 class FileTree:
@@ -25,8 +101,7 @@ class FileTree:
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: for a zip that is damaged, encrypted, larger than any real prediction set, or that holds
-            an absolute path or one that leaves the archive.
+        ValueError: for a zip that :func:`open_zip` refuses; the limits are far above any real prediction set.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -42,37 +117,12 @@ class FileTree:
                 for name in files
             )
         elif zipfile.is_zipfile(self.path):
-            self._zip = zipfile.ZipFile(self.path)
-            self.names = sorted(self._checked_members())
+            self._zip, self._members = open_zip(self.path, _PREDICTIONS)
+            self.names = sorted(self._members)
         elif self.path.suffix.lower() == ".zip":
             raise ValueError(f"{self.path}: not a readable zip file; make it again or give the folder instead")
         else:
             self.names = [self.path.name]
-
-    def _checked_members(self) -> Iterable[str]:
-        infos = self._zip.infolist()
-        if len(infos) > _MAX_ENTRIES:
-            raise ValueError(f"{self.path}: {len(infos)} entries, more than {_MAX_ENTRIES}: not a prediction set")
-        self._members, total = {}, 0
-        for info in infos:
-            name = info.filename.replace("\\", "/")
-            parts = PurePosixPath(name).parts
-            if name.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")):
-                raise ValueError(f"{self.path}: unsafe path {info.filename!r} in the zip; make the zip again")
-            if info.is_dir() or "__MACOSX" in parts:
-                continue
-            if info.flag_bits & 1:
-                raise ValueError(f"{self.path}: {name} is encrypted; make the zip again without a password")
-            if name in self._members:
-                raise ValueError(f"{self.path}: {name} is in the zip twice; make the zip again")
-            total += info.file_size
-            if info.file_size > _MAX_FILE_BYTES or total > _MAX_TOTAL_BYTES:
-                raise ValueError(
-                    f"{self.path}: unpacks to more than {_MAX_FILE_BYTES >> 20} MiB a file or "
-                    f"{_MAX_TOTAL_BYTES >> 20} MiB in all (at {name}); if you trust it, unpack it yourself"
-                )
-            self._members[name] = info
-        return self._members
 
     @property
     def is_file(self) -> bool:
@@ -93,16 +143,20 @@ class FileTree:
         return str(self.path / name) if self.path.is_dir() else str(self.path)
 
     def read_bytes(self, name: str) -> bytes:
-        """The content of one of `names`. Raises ValueError for a damaged or an over-large member of a zip."""
+        """The content of one of `names`. Raises ValueError for a damaged or an over-large member of a zip, and for
+        what is no file (a pipe would be waited for, a device never ends)."""
         if self._zip is None:
-            return Path(self.where(name)).read_bytes()
+            path = Path(self.where(name))
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path}: not a regular file; refused")
+            return path.read_bytes()
         try:
             with self._zip.open(self._members[name]) as member:
-                content = member.read(_MAX_FILE_BYTES + 1)  # a header may lie about the size
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+                content = member.read(_PREDICTIONS.file_bytes + 1)  # a header may lie about the size
+        except _BROKEN as error:
             raise ValueError(f"{self.where(name)}: cannot be read ({error}); make the zip again") from error
         self._bytes_read += len(content)
-        if len(content) > _MAX_FILE_BYTES or self._bytes_read > _MAX_TOTAL_BYTES:
+        if len(content) > _PREDICTIONS.file_bytes or self._bytes_read > _PREDICTIONS.total_bytes:
             raise ValueError(f"{self.where(name)}: larger than its header says; make the zip again")
         return content
 
@@ -117,7 +171,7 @@ def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) 
     Args:
         lines: the text of the rows; blank ones are skipped.
         first_line: the number of `lines[0]` in its file, for messages.
-        num_columns: how many finite numbers each row must have.
+        num_columns: how many numbers each row must have, finite and below 1e9.
         where: the file, for messages.
 
     Returns:
@@ -133,7 +187,7 @@ def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) 
     if not any("_" in line for line in lines):  # Python reads 1_000 as a number, no other tool does
         try:
             values = np.array(kept, dtype=np.float64)
-            if values.shape == (len(kept), num_columns) and np.isfinite(values).all():
+            if values.shape == (len(kept), num_columns) and (np.abs(values) < _MAX_NUMBER).all():
                 return values
         except ValueError:
             pass
@@ -144,20 +198,22 @@ def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) 
         if len(row) != num_columns:
             raise ValueError(f"{where}, line {number}: need {num_columns} numbers, got {len(row)}: {text!r}")
         try:
-            finite = np.isfinite([float(token.replace("_", "?")) for token in row]).all()
+            numbers = np.abs([float(token.replace("_", "?")) for token in row])
         except ValueError:
             raise ValueError(f"{where}, line {number}: not a number: {text!r}") from None
-        if not finite:
+        if not np.isfinite(numbers).all():
             raise ValueError(f"{where}, line {number}: NaN or infinity: {text!r}; mend the detector's output")
+        if (numbers >= _MAX_NUMBER).any():
+            raise ValueError(f"{where}, line {number}: beyond {_MAX_NUMBER:g}: {text!r}; mend the detector's output")
     raise AssertionError("unreachable: the whole array was refused but no row was")
 
 
 def parse_count(text: str, where: str, number: int) -> int:
     """The count of rows that stands on line `number`; ValueError if it is not a whole number >= 0."""
     try:
-        count = float(text)
+        count = float(text.replace("_", "?"))
     except ValueError:
         count = -1.0
-    if not (count >= 0 and count.is_integer()):
+    if not (0 <= count <= _MAX_NUMBER and count.is_integer()):
         raise ValueError(f"{where}, line {number}: need the number of detections, got {text.strip()[:80]!r}")
     return int(count)

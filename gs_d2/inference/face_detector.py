@@ -1,25 +1,19 @@
 """A detector in one object: from a config and weights to the faces of a picture."""
 
 import os
-import pickle
 
 import numpy as np
 import torch
-import yaml
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
-from gs_d2.config import add_gs_config
+from gs_d2.checkpoint import Checkpointer
+from gs_d2.config import load_config
+from gs_d2.formats.images import as_rgb
 from gs_d2.inference.pyramid import PyramidDetector
-
-_MAX_NAMED = 5  # keys of a list that a message spells out
-_REBUILT_KEYS = ("pixel_mean", "pixel_std")  # set from the config; old files hold them, too
 
 
 class FaceDetector:
@@ -44,7 +38,7 @@ class FaceDetector:
         """
         Args:
             cfg: a config with :func:`add_gs_config`'s keys, which is not changed, or a config file.
-            weights: a checkpoint; None is the config's MODEL.WEIGHTS.
+            weights: a .pth or .safetensors file; None is the config's MODEL.WEIGHTS.
             device: None is the config's MODEL.DEVICE, or the CPU where that is a GPU and torch sees none.
             confidence_threshold: lowest score returned, in [0, 1].
             opts: config keys and values in turn, which take precedence over the config's.
@@ -66,7 +60,7 @@ class FaceDetector:
             raise FileNotFoundError(f"no such weights: {weights}")
         self.cfg = cfg
         model = build_model(cfg).eval()
-        _load_weights(model, weights, allow_pickle)
+        Checkpointer(model, allow_pickle=allow_pickle, strict=True).load(weights)
         self.model = PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model
         self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
@@ -93,66 +87,6 @@ class FaceDetector:
         return faces.pred_boxes.tensor.float().numpy(), faces.scores.float().numpy()
 
 
-def as_rgb(image) -> Image.Image:
-    """What :meth:`FaceDetector.detect` takes, as an RGB image; 16-bit ones by their high byte."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"image must be uint8 [H, W, 3] (RGB) and not empty, got {image.dtype} {image.shape}")
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return _to_rgb(image)
-    if not isinstance(image, (str, os.PathLike)):
-        raise ValueError(f"image must be a path, a PIL image or a numpy array, got {type(image).__name__}")
-    path = os.fspath(image)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such image: {path}")
-    try:
-        with Image.open(path) as file:
-            return _to_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # of a broken file Pillow's decoders raise nearly anything
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ValueError(f"image must not be empty, got {image.width} x {image.height} pixels")
-    if image.mode == "F":
-        raise ValueError("pixels are floats, whose range is unknown: convert them to uint8")
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        values = np.asarray(image)
-        if image.mode != "I" or values.max() > 255:  # "I" is also what 8-bit values may come in
-            values = values >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def load_config(cfg: CfgNode | str | os.PathLike, opts=()) -> CfgNode:
-    """A config of its own that may be changed: from a file or a copy, with `opts` (keys and values in turn)."""
-    if isinstance(cfg, CfgNode):
-        if "GS" not in cfg.MODEL:
-            raise ValueError("cfg has no MODEL.GS: call gs_d2.config.add_gs_config(cfg) before reading the file")
-        cfg = cfg.clone()
-        cfg.defrost()
-    else:
-        path, cfg = os.fspath(cfg), get_cfg()
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no such config: {path}")
-        add_gs_config(cfg)
-        try:
-            cfg.merge_from_file(path, allow_unsafe=False)  # YAML can run code otherwise
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: {_text(error)}") from error
-    try:
-        cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"opts {list(opts)}: {_text(error)}") from error
-    return cfg
-
-
-def _text(error: Exception) -> str:
-    return str(error.args[0] if isinstance(error, KeyError) else error)  # a KeyError's own text is in quotes
-
-
 def _device(device, configured: str) -> str:
     if device is None:
         return configured if torch.cuda.is_available() or not configured.startswith("cuda") else "cpu"
@@ -161,54 +95,3 @@ def _device(device, configured: str) -> str:
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return str(device)
-
-
-class _Checkpointer(DetectionCheckpointer):
-    """Reads tensors only, unless allowed more, and keeps what did not fit."""
-
-    def __init__(self, model, allow_pickle: bool):
-        super().__init__(model, save_to_disk=False)
-        self.allow_pickle = allow_pickle
-        self.incompatible = None
-
-    def _load_file(self, filename):
-        if filename.endswith((".pkl", ".pyth")):
-            if not self.allow_pickle:
-                raise ValueError(
-                    f"{filename} is a pickle, which can run any code: pass allow_pickle=True if you trust it. "
-                    "(Weights that training starts from are no detector: pass those of a trained one)"
-                )
-            return super()._load_file(filename)
-        try:
-            loaded = torch.load(filename, map_location="cpu", weights_only=not self.allow_pickle)
-        except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{filename} cannot be read as weights ({str(error).splitlines()[0] if str(error) else error!r})"
-            ) from error
-        state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-        if not isinstance(state, dict) or not all(isinstance(x, (torch.Tensor, np.ndarray)) for x in state.values()):
-            raise ValueError(f"{filename} holds no model: it must be a state dict, or a dict with one as 'model'")
-        return {"model": state, **{key: loaded[key] for key in ("__author__", "matching_heuristics") if key in loaded}}
-
-    def _load_model(self, checkpoint):
-        self.incompatible = super()._load_model(checkpoint)
-        return None  # nothing to log: the caller raises
-
-
-def _load_weights(model, weights: str, allow_pickle: bool):
-    checkpointer = _Checkpointer(model, allow_pickle)
-    if "://" in weights:
-        weights = PathManager.get_local_path(weights)
-    checkpointer.load(weights)
-    missing, unexpected, shapes = checkpointer.incompatible
-    shapes = [f"{key} {tuple(theirs)} (the model's is {tuple(ours)})" for key, theirs, ours in shapes]
-    missing = [key for key in missing if key not in {text.split(" ")[0] for text in shapes}]
-    missing = [key for key in missing if key not in _REBUILT_KEYS]
-    unexpected = [key for key in unexpected if key not in _REBUILT_KEYS]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:_MAX_NAMED])}{', ...' if len(keys) > _MAX_NAMED else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"{weights} does not fit the config's model. Keys " + "; ".join(problems))

@@ -4,15 +4,17 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from gs_d2.modeling.anchors import ScaleStrideAnchorGenerator
 from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone
+from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.matcher import TwoPassMatcher
 from gs_d2.modeling.meta_arch import GroupedFastRCNN, RPNDetector
 from gs_d2.modeling.roi_heads import GroupedROIHeads
 from gs_d2.modeling.rpn import GroupSamplingRPN
 from gs_d2.modeling.rpn_heads import DilatedRPNHead, SoftmaxRPNHead
-from gs_d2.modeling.sampling import GroupSampler
+from gs_d2.modeling.sampling import GroupSampler, group_by_scale
 
 __all__ = [
     "DilatedRPNHead",
+    "GroupLoss",
     "GroupSampler",
     "GroupSamplingRPN",
     "GroupedFastRCNN",
@@ -23,4 +25,5 @@ __all__ = [
     "TopDown",
     "TwoPassMatcher",
     "build_resnet_topdown_backbone",
+    "group_by_scale",
 ]

@@ -56,27 +56,38 @@ class GroupCriterion:
         self.smooth_l1_beta = smooth_l1_beta
 
     def classification(
-        self, cls_losses: Tensor, sampled_labels: Tensor, group_idxs: Tensor, num_groups: int, num_images: int
+        self,
+        cls_losses: Tensor,
+        sampled_labels: Tensor,
+        group_idxs: Tensor,
+        num_groups: int,
+        num_images: int,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """The classification term, a scalar.
 
         Args:
-            cls_losses (Tensor[S]): cross entropy of each box.
+            cls_losses (Tensor[S], or [S, K] with `targets`): cross entropy of each box, or of each class of each box,
+                which then are summed.
             sampled_labels (int8 Tensor[S]): 1 positive, 0 negative, -1 not drawn.
             group_idxs (int64 Tensor[S]): in [0, num_groups); boxes of two images are never in one group.
             num_groups (int): B G.
             num_images (int): B.
+            targets (bool Tensor[S, K]): which classes are present.
         """
         sampled, positive = sampled_labels >= 0, sampled_labels == 1
+        if targets is None:
+            cls_losses, targets = cls_losses[:, None], positive[:, None]
         if self.cls_loss_type == "softmax":
-            weights = group_mean_weights(sampled, group_idxs, num_groups)
+            weights = group_mean_weights(sampled, group_idxs, num_groups)[:, None]
         else:
-            weights = focal_weights(cls_losses, positive, self.focal_alpha, self.focal_gamma) * sampled
+            weights = focal_weights(cls_losses, targets, self.focal_alpha, self.focal_gamma) * sampled[:, None]
             if self.cls_loss_type == "focal":
                 total = group_sums(positive, group_idxs, num_groups).clamp(min=1)
             else:
-                total = group_sums(weights.detach(), group_idxs, num_groups).clamp(min=torch.finfo(torch.float32).tiny)
-            weights = weights / total[group_idxs]
+                total = group_sums(weights.detach().sum(dim=1), group_idxs, num_groups)
+                total = total.clamp(min=torch.finfo(torch.float32).tiny)
+            weights = weights / total[group_idxs, None]
         return (cls_losses * weights).sum() / num_images
 
     def box_regression(

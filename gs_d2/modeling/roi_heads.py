@@ -15,10 +15,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from gs_d2.modeling.criterion import GroupCriterion, log_group_statistics
-from gs_d2.modeling.matcher import TwoPassMatcher
-from gs_d2.modeling.nms import prune_overlapping
-from gs_d2.modeling.sampling import GroupSampler, group_by_scale
+from gs_d2.modeling.group_loss import GroupLoss
 
 _ENSEMBLES = {
     "arithmetic": lambda first, second: (first + second) / 2,
@@ -45,12 +42,8 @@ class GroupedROIHeads(nn.Module):
         box_head: nn.Module,
         box_predictor: nn.Module,
         num_classes: int,
-        proposal_matcher: TwoPassMatcher,
-        sampler: GroupSampler,
-        criterion: GroupCriterion,
-        group_scales: list[float],
+        group_loss: GroupLoss,
         proposal_append_gt: bool = True,
-        ohem_nms_thresh: float = 1.0,
         loss_weight: dict[str, float] | None = None,
         score_ensemble: str = "arithmetic",
         score_thresh_test: float = 0.0,
@@ -61,12 +54,8 @@ class GroupedROIHeads(nn.Module):
             box_pooler, box_head: as in Detectron2.
             box_predictor: gives logits [S, K + 1], background last, and deltas [S, 4] or [S, 4 K].
             num_classes: K.
-            proposal_matcher, sampler: which proposals are positive and negative, and which of them are trained on.
-            criterion: what those cost.
-            group_scales: reference scales, in pixels; statistics are kept by them even where the sampler has a single
-                group.
+            group_loss: which proposals are trained on, and what they cost; its `group_scales` are the reference scales.
             proposal_append_gt: in training also propose the ground truth.
-            ohem_nms_thresh: as :class:`GroupSamplingRPN`, on the proposals.
             loss_weight: factors of "loss_cls" and "loss_box_reg"; None is 1 for both.
             score_ensemble: "arithmetic" or "geometric" mean of the scores of both stages, or "none": the second's.
             score_thresh_test: probability below which a detection is dropped.
@@ -74,19 +63,13 @@ class GroupedROIHeads(nn.Module):
         super().__init__()
         if score_ensemble not in _ENSEMBLES:
             raise ValueError(f"SCORE_ENSEMBLE must be one of {', '.join(_ENSEMBLES)}, got {score_ensemble!r}")
-        if not 0 < ohem_nms_thresh <= 1:
-            raise ValueError(f"OHEM_NMS_THRESH must be in (0, 1], got {ohem_nms_thresh}")
         self.in_features = in_features
         self.box_pooler = box_pooler
         self.box_head = box_head
         self.box_predictor = box_predictor
         self.num_classes = num_classes
-        self.proposal_matcher = proposal_matcher
-        self.sampler = sampler
-        self.criterion = criterion
-        self.group_scales = list(group_scales)
+        self.group_loss = group_loss
         self.proposal_append_gt = proposal_append_gt
-        self.ohem_nms_thresh = ohem_nms_thresh
         self.loss_weight = loss_weight or {}
         self.score_ensemble = score_ensemble
         self.score_thresh_test = score_thresh_test
@@ -114,28 +97,19 @@ class GroupedROIHeads(nn.Module):
                 cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
             ),
             "num_classes": heads.NUM_CLASSES,
-            "proposal_matcher": TwoPassMatcher(
-                heads.IOU_THRESHOLDS,
-                second_pass=cfg.MODEL.GS.SECOND_PASS,
-                ignore_thresh=cfg.MODEL.GS.IGNORE_THRESH,
-            ),
-            "sampler": GroupSampler(
-                len(gs.GROUP_SCALES) if gs.GROUP_SAMPLING else 1,
-                heads.BATCH_SIZE_PER_IMAGE,
-                heads.POSITIVE_FRACTION,
-                gs.SAMPLER,
-            ),
-            "criterion": GroupCriterion(
-                box2box_transform,
-                cls_loss_type=gs.CLS_LOSS_TYPE,
-                focal_alpha=cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
-                focal_gamma=cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
+            "group_loss": GroupLoss.from_config(
+                cfg,
+                gs,
+                list(gs.GROUP_SCALES),
+                iou_thresholds=heads.IOU_THRESHOLDS,
+                batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
+                positive_fraction=heads.POSITIVE_FRACTION,
+                name="roi_groups",
+                box2box_transform=box2box_transform,
                 box_reg_loss_type=head.BBOX_REG_LOSS_TYPE,
                 smooth_l1_beta=head.SMOOTH_L1_BETA,
             ),
-            "group_scales": list(gs.GROUP_SCALES),
             "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
-            "ohem_nms_thresh": cfg.MODEL.GS.OHEM_NMS_THRESH,
             "loss_weight": {"loss_box_reg": head.BBOX_REG_LOSS_WEIGHT},
             "score_ensemble": gs.SCORE_ENSEMBLE,
             "score_thresh_test": cfg.TEST.GS.SCORE_THRESH,
@@ -177,49 +151,41 @@ class GroupedROIHeads(nn.Module):
             proposals = [Boxes.cat([x, gts]) for x, gts in zip(proposals, gt_boxes, strict=True)]
         boxes = nn.utils.rnn.pad_sequence([x.tensor for x in proposals], batch_first=True)  # [B, R, 4]
         num_images, num_boxes = boxes.shape[:2]
-        match_labels, matched_gt_idxs, all_gt_boxes = self.proposal_matcher.match_images(boxes, gt_boxes, ignore_boxes)
+        match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(boxes, gt_boxes, ignore_boxes)
         counts = torch.tensor([len(x) for x in proposals], device=boxes.device)
         match_labels[torch.arange(num_boxes, device=boxes.device) >= counts[:, None]] = -1  # what only fills up
         gt_classes = F.pad(torch.cat([x.gt_classes for x in targets]), (0, 1), value=self.num_classes)
         classes = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)
-        scale_idxs = group_by_scale((boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).sqrt(), self.group_scales)
-        num_groups = self.sampler.num_groups
-        group_idxs = scale_idxs if num_groups > 1 else torch.zeros_like(scale_idxs)
+        scale_idxs, group_idxs = self.group_loss.group(boxes)
 
         def cross_entropy(rows):
             logits, deltas = self._predict(maps, boxes, rows)
             return F.cross_entropy(logits, classes.flatten()[rows], reduction="none"), deltas
 
-        candidates, cls_losses = match_labels, boxes.new_zeros(num_images, num_boxes)
-        if self.sampler.needs_losses:
+        cls_losses = boxes.new_zeros(num_images, num_boxes)
+        if self.group_loss.sampler.needs_losses:
             labelled = torch.nonzero(match_labels.flatten() >= 0)[:, 0]
             with torch.no_grad():
                 cls_losses.view(-1)[labelled], _ = cross_entropy(labelled)
-            if self.ohem_nms_thresh < 1 and self.sampler.method == "ohem":
-                candidates = prune_overlapping(
-                    match_labels, group_idxs, num_groups, boxes, cls_losses, self.ohem_nms_thresh,
-                    self.sampler.num_per_group,
-                )  # fmt: skip
-        sampled_labels = self.sampler(candidates, group_idxs, cls_losses)
+        sampled_labels = self.group_loss.draw(match_labels, group_idxs, cls_losses, lambda: boxes)
 
         rows = torch.nonzero(sampled_labels.flatten() >= 0)[:, 0]
         drawn_losses, deltas = cross_entropy(rows)
         cls_losses.view(-1)[rows] = drawn_losses.detach()
-        log_group_statistics("roi_groups", self.group_scales, scale_idxs, match_labels, sampled_labels, cls_losses)
+        self.group_loss.log(scale_idxs, match_labels, sampled_labels, cls_losses)
 
-        # Groups of all images, numbered through.
-        drawn_groups = group_idxs.flatten()[rows] + rows // num_boxes * num_groups
-        drawn_labels = sampled_labels.flatten()[rows]
-        groups = {"num_groups": num_images * num_groups, "num_images": num_images}
+        group_idxs, counts = self.group_loss.all_groups(group_idxs, num_images)
+        drawn_groups, drawn_labels = group_idxs.flatten()[rows], sampled_labels.flatten()[rows]
+        criterion = self.group_loss.criterion
         losses = {
-            "loss_cls": self.criterion.classification(drawn_losses, drawn_labels, drawn_groups, **groups),
-            "loss_box_reg": self.criterion.box_regression(
+            "loss_cls": criterion.classification(drawn_losses, drawn_labels, drawn_groups, **counts),
+            "loss_box_reg": criterion.box_regression(
                 self._of_class(deltas, classes.flatten()[rows]),
                 boxes.view(-1, 4)[rows],
                 all_gt_boxes[matched_gt_idxs.flatten()[rows]],
                 drawn_labels == 1,
                 drawn_groups,
-                **groups,
+                **counts,
             ),
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
@@ -232,7 +198,7 @@ class GroupedROIHeads(nn.Module):
         rows = torch.cat([torch.arange(len(x), device=boxes.device) + i * num_boxes for i, x in enumerate(proposals)])
         logits, deltas = self._predict(maps, boxes, rows)
         second = logits.softmax(dim=1)[:, :-1]
-        refined = self.criterion.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
+        refined = self.group_loss.criterion.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
         lengths = [len(x) for x in proposals]
         results = []
         for x, scores, decoded in zip(proposals, second.split(lengths), refined.split(lengths), strict=True):

@@ -15,6 +15,10 @@ def group_by_scale(scales: Tensor, group_scales) -> Tensor:
 
     Returns:
         int64 Tensor of the same shape, in [0, G); the lower index where two are equally near.
+
+    Example:
+        >>> group_by_scale(torch.tensor([5.0, 20.0, 30.0, 500.0]), [16, 32, 64])
+        tensor([0, 0, 1, 2])
     """
     group_scales = torch.as_tensor(group_scales, dtype=torch.float32, device=scales.device)
     return (scales.float()[..., None].log2() - group_scales.log2()).abs().argmin(dim=-1)

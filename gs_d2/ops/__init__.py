@@ -56,6 +56,10 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Returns:
         float32 Tensor[M, N] in [0, 1]; ``M = 0`` or ``N = 0`` gives an empty matrix.
+
+    Example:
+        >>> box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 1], [2.0, 0, 4, 2]]))
+        tensor([[0.5000, 0.0000]])
     """
     return torch.ops.gs_d2.box_iou.default(_float32(boxes1), _float32(boxes2))
 
@@ -88,6 +92,12 @@ def two_pass_match(
         gt_offsets (int64 Tensor[B + 1]): image b owns gt_boxes[gt_offsets[b]:gt_offsets[b + 1]]; results are then
             [B, N]. Must rise from 0 to M (an error on the CPU; clamped on the GPU, which cannot look without waiting).
         ignore_offsets (int64 Tensor[B + 1]): the same for `ignore_boxes`; required with both.
+
+    Example:
+        >>> faces = torch.tensor([[0.0, 0, 10, 10]])
+        >>> anchors = torch.tensor([[0.0, 0, 10, 9], [0.0, 0, 10, 5], [20.0, 0, 30, 10]])
+        >>> two_pass_match(faces, anchors).match_labels
+        tensor([ 1, -1,  0], dtype=torch.int8)
     """
     return TwoPassMatch(
         *torch.ops.gs_d2.two_pass_match.default(
@@ -136,6 +146,13 @@ def group_subsample(
 
     Returns:
         int8 Tensor of match_labels' shape: 1 or 0 where drawn, -1 elsewhere.
+
+    Example:
+        >>> labels = torch.tensor([1, 1, 0, 0, 0, 0, 1, 0], dtype=torch.int8)
+        >>> groups = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+        >>> drawn = group_subsample(labels, groups, num_groups=2, num_per_group=4, seed=0)
+        >>> [int((drawn[groups == group] >= 0).sum()) for group in (0, 1)]
+        [4, 2]
     """
     if seed is None:
         seed = torch.empty((), dtype=torch.int64).random_().to(match_labels.device)

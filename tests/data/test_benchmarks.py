@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
+from scipy.io import savemat
 
 from gs_d2.config import add_gs_config
 from gs_d2.data import FaceDatasetMapper, load_face_eval, load_fddb
@@ -106,8 +107,18 @@ def test_made_up_sets_give_views(made_up_benchmarks):
         ("a\n1\n9 8 0.1 30 30\n", r"ellipseList\.txt, line 3: need 6 numbers, got 5"),
         ("a\n1\n9 8 nan 30 30 1\n", r"ellipseList\.txt, line 3: NaN"),
         ("a\n0\na\n0\n", r"ellipseList\.txt, line 3: image a for the second time"),
-        ("../../etc/a\n0\n", "expected an image path like"),
-        ("/etc/a\n0\n", "expected an image path like"),
+        ("a\n1\n9 8 0 3 3 1\nb/../../c\n0\n", r"ellipseList\.txt, line 4: expected an image path like"),
+        ("../../etc/a\n0\n", r"ellipseList\.txt, line 1: expected an image path like"),
+        ("/etc/a\n0\n", r"ellipseList\.txt, line 1: expected an image path like"),
+        ("..\\\\a\n0\n", r"ellipseList\.txt, line 1: expected an image path like"),
+        ("a\n-1\n", r"ellipseList\.txt, line 2: need the number of detections, got '-1'"),
+        ("a\nmany\n", r"ellipseList\.txt, line 2: need the number of detections, got 'many'"),
+        ("a\n1e300\n", r"ellipseList\.txt, line 2: need the number of detections, got '1e300'"),
+        ("a\n1_0\n", r"ellipseList\.txt, line 2: need the number of detections, got '1_0'"),
+        ("a\n1\n9 8 0 3 3 1\n9 8 0 3 3 1\n", r"ellipseList\.txt, line 5: missing"),
+        ("a\n2\n9 8 0 3 3 1\n9 -8 0 3 3 1\n", r"ellipseList\.txt, line 4: need radii above 0 .* got '9 -8 0 3 3 1'"),
+        ("a\n1\n0 0 0 3 3 1\n", r"ellipseList\.txt, line 3: need radii above 0"),
+        ("a\n1\n9 8 0 3e7 3 1\n", r"ellipseList\.txt, line 3: need radii above 0 and numbers below 1e"),
     ],
 )
 def test_malformed_lists(tmp_path, text, message):
@@ -156,6 +167,34 @@ def test_what_is_missing_is_named(made_up_benchmarks, tmp_path, monkeypatch):
             loaders[name]()
         text = str(error.value)
         assert f"$DETECTRON2_DATASETS (now {str(tmp_path)!r}) as {name}/" in text and str(tmp_path / name) in text
+
+
+@pytest.mark.parametrize(
+    ("objects_of", "message"),
+    [
+        ({"a.jpg": [[1, 2, 50, 60, 0, 0]], "x/a.png": []}, "image 'a' has no name, or comes a second time"),
+        ({"..": []}, "image '' has no name"),
+        ({"a.jpg": [[1, 2, np.nan, 60, 0, 0]]}, "a box of image 'a' is not of numbers below 1e"),
+        ({"a.jpg": [[1, 2, 5e7, 60, 0, 0]]}, "a box of image 'a' is not of numbers below 1e"),
+    ],
+    ids=["twice", "climbing name", "NaN", "huge"],
+)
+def test_malformed_face_eval_annotations(tmp_path, objects_of, message):
+    path = tmp_path / "new_annotations_AFW.mat"
+    records = np.zeros((len(objects_of), 1), dtype=[("imgname", "O"), ("objects", "O")])
+    for i, (name, objects) in enumerate(objects_of.items()):
+        records[i, 0] = (name, np.asarray(objects, dtype=float).reshape(-1, 6))
+    savemat(path, {"Annotations": records})
+    with pytest.raises(ValueError, match=message) as error:
+        load_face_eval("afw", path, tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_link_that_leads_to_itself_is_a_missing_image(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "a.jpg")
+    (tmp_path / "FDDB-fold-01-ellipseList.txt").write_text("a\n0\n")
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 images are missing, first .*a\.jpg"):
+        load_fddb(tmp_path, tmp_path)
 
 
 def test_an_unknown_benchmark(tmp_path):

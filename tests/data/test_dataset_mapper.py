@@ -258,6 +258,16 @@ def test_training_follows_the_config(record):
     assert faces_and_ignored(augment(source))[0] == [], "sqrt(20 * 30) = 24.5"
 
 
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+def test_sides_of_one_pixel_can_be_flipped(record, size, image_format):
+    augment = mapper(ScaleJitterCrop([0.25, 1.0], 30), T.RandomFlip(prob=1.0), image_format=image_format)
+    for _ in range(5):
+        output = augment(record([[5, 5, 20, 20]], size=size))
+        assert min(output["image"].shape[1:]) == 1 and (output["height"], output["width"]) == size
+        assert output["image"].is_contiguous()
+
+
 def test_a_missing_image_is_named(record):
     source = record([]) | {"file_name": "/nowhere/a.jpg"}
     with pytest.raises(FileNotFoundError, match=r"/nowhere/a\.jpg"):

@@ -80,8 +80,8 @@ def test_spelling_does_not_matter(load, spelling):
 
 
 def test_an_image_of_count_0_may_have_a_dummy_row(load):
-    dummy = "0--Parade/a.jpg\n0\n0 0 0 0 0 0 0 0 0 0\n"
-    for text in (dummy + GOOD, "0--Parade/a.jpg\n0\n" + GOOD, dummy.replace(" 0" * 6 + "\n", "\n") + GOOD):
+    dummy = "2--Empty/c.jpg\n0\n0 0 0 0 0 0 0 0 0 0\n"
+    for text in (dummy + GOOD, "2--Empty/c.jpg\n0\n" + GOOD, dummy.replace(" 0" * 6 + "\n", "\n") + GOOD):
         records = load(text)
         check_records(records)
         assert [len(r["gt_boxes"]) for r in records] == [0, 2, 1]
@@ -121,10 +121,19 @@ ROW = "1 2 3 4 0 0 0 0 0 0\n"
         ("e/a.jpg\n1.5\n" + ROW, 2, "expected a number of faces, got '1.5'"),
         ("e/a.jpg\n²\n" + ROW * 2, 2, "expected a number of faces, got '²'"),
         ("e/a.jpg\nmany\n", 2, "expected a number of faces, got 'many'"),
-        (GOOD + "e/c.jpg\n2\n" + ROW, 10, "expected 2 rows of numbers below 1e"),
-        ("e/a.jpg\n2\n" + ROW + "e/b.jpg\n1\n" + ROW, 3, "expected 2 rows of numbers below 1e"),
+        (GOOD + "e/c.jpg\n2\n" + ROW, 11, "expected 2 rows .*, and after 1 of them got the end of the file"),
+        ("e/a.jpg\n2\n" + ROW + "e/b.jpg\n1\n" + ROW, 4, "expected 2 rows .*, and after 1 of them got 'e/b.jpg'"),
         ("e/a.jpg\n1\n", 3, "expected 1 rows of numbers below 1e"),
-        ("e/a.jpg\n99999999999999999999\n" + ROW, 3, "expected 99999999999999999999 rows"),
+        ("e/a.jpg\n99999999999999999999\n" + ROW, 4, "expected 99999999999999999999 rows"),
+        ("e/a.jpg\n" + "9" * 5000 + "\n" + ROW, 2, "expected a number of faces, got '9{80}'"),
+        ("e/a.jpg\n3\n" + ROW * 2 + "1 2 3 -inf 0 0 0 0 0 0\n", 5, "after 2 of them got '1 2 3 -inf"),
+        ("e/a.jpg\n1\n1_0 2 3 4\n", 3, "after 0 of them got '1_0 2 3 4'"),
+        ("e/a.jpg\n1\n-1000000 2 3 4\n", 3, "expected 1 rows of numbers below 1e"),
+        (GOOD + "0--Parade/a.jpg\n0\n", 8, "image '0--Parade/a' for the second time, after line 1"),
+        (GOOD + "0--Parade/a.png\n0\n", 8, "image '0--Parade/a' for the second time, after line 1"),
+        ("e/a.jpg\ne/b.jpg\ne/a.jpg\n", 3, "image 'e/a' for the second time, after line 1"),
+        (r"e/..\..\a.jpg" + "\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
+        ("e/a\0.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
         ("e/a.jpg\n1\n" + ROW * 2, 4, "expected an image path like event/name.jpg, got '1 2 3 4 0 0 0 0 0 0'"),
         ("e/a.jpg\n1\n1 2 3 x 0 0 0 0 0 0\n", 3, "expected 1 rows of numbers below 1e"),
         ("e/a.jpg\n1\n1 2 3 nan 0 0 0 0 0 0\n", 3, "expected 1 rows of numbers below 1e"),
@@ -132,10 +141,12 @@ ROW = "1 2 3 4 0 0 0 0 0 0\n"
         ("e/a.jpg\n1\n1 2 1e60 4 0 0 0 0 0 0\n", 3, "expected 1 rows of numbers below 1e"),
         ("e/a.jpg\n1\n1 2 3\n", 3, "expected 1 rows of numbers below 1e"),
         ("e/a.jpg\n1\n1 2 3 4 0 0 0\n", 3, "expected 1 rows of numbers below 1e"),
-        ("e/a.jpg\n2\n1 2 3 4\n" + ROW, 3, "expected 2 rows of numbers below 1e"),
+        ("e/a.jpg\n2\n1 2 3 4\n" + ROW, 4, "expected 2 rows of numbers below 1e"),
         ("e/a.jpg\n0\n" + ROW, 3, "expected 0 rows of numbers"),
         ("../a.jpg\n1\n" + ROW, 1, r"expected an image path like event/name.jpg, got '\.\./a\.jpg'"),
         ("e/../../a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
+        ("C:/a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
+        ("e/..\\..\\a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg"),
         ("/etc/passwd\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got '/etc/passwd'"),
         ("/a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got '/a.jpg'"),
         ("a.jpg\n1\n" + ROW, 1, "expected an image path like event/name.jpg, got 'a.jpg'"),
@@ -153,8 +164,10 @@ def test_errors_name_file_and_line(load, tmp_path, text, line, message):
 
 
 def test_bytes_that_are_no_text(load):
-    with pytest.raises(ValueError, match=r"list\.txt: not UTF-8 text"):
-        load(b"e/\xff\xfe.jpg\n1\n1 2 3 4\n")
+    with pytest.raises(ValueError, match=r"list\.txt:4: not UTF-8 text"):
+        load(b"e/a.jpg\n1\n1 2 3 4\ne/\xff\xfe.jpg\n1\n1 2 3 4\n")
+    with pytest.raises(ValueError, match=r"list\.txt:1: not UTF-8 text"):
+        load(GOOD.encode("utf-16"))
 
 
 @settings(max_examples=200, deadline=None)
@@ -168,6 +181,19 @@ def test_any_text_is_read_or_refused_with_its_place(tmp_path_factory, text):
         assert str(error).startswith(f"{path}:")
     else:
         check_records(records)
+
+
+def test_a_crowd_is_read_whole(load):
+    (record,) = load("e/a.jpg\n2000\n" + ROW * 2000)
+    check_records([record])
+    assert len(record["gt_boxes"]) == 2000
+
+
+def test_a_damaged_mat_is_named(load, tmp_path):
+    mat = tmp_path / "wider_face_val.mat"
+    mat.write_bytes(b"MATLAB 5.0" + bytes(200))
+    with pytest.raises(ValueError, match=r"wider_face_val\.mat: cannot be read as a MATLAB file"):
+        load("e/a.jpg\n1\n1 2 3 4\n", mat)
 
 
 def test_no_list_says_where_it_belongs(tmp_path, monkeypatch):
@@ -215,6 +241,12 @@ def test_lists_of_boxes_take_their_attributes_from_the_mat(load, tmp_path):
     assert a["gt_ignore"].tolist() == [False, True]
     assert b["attributes"]["pose"].tolist() == [0], "three labels for one box fit no box"
     assert c["gt_ignore"].tolist() == [False]
+    mat.write_bytes(mat.read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"wider_face_val\.mat: cannot be read as a MATLAB file"):
+        load(text, mat)
+    savemat(mat, {"event_list": 1})
+    with pytest.raises(ValueError, match=r"wider_face_val\.mat: not of the layout"):
+        load(text, mat)
     # A list with attributes of its own needs no .mat, and one without does not need it to be there.
     assert load(GOOD, mat)[0]["attributes"]["blur"].tolist() == [1, 0]
     assert load(text, tmp_path / "none.mat")[0]["attributes"]["blur"].tolist() == [0, 0]

@@ -1,5 +1,8 @@
 """Average precision, the overlap with +1, and the published curves."""
 
+import os
+
+import h5py
 import numpy as np
 import pytest
 
@@ -113,3 +116,69 @@ def test_plot_has_a_line_for_each_method(tmp_path):
     plot_pr_curves(methods, tmp_path / "curve.svg")
     picture = (tmp_path / "curve.svg").read_text()
     assert picture.count("<!-- m") == 2 * 12  # matplotlib notes each legend text so
+
+
+class Code:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_hostile_npz_files(tmp_path):
+    path, ones = tmp_path / "curves.npz", np.ones(3)
+    for arrays in (
+        {"a.recall": np.array([Code(tmp_path / "trap")], object), "a.precision": ones},
+        {"a.recall": ones},
+        {"a.recall": ones, "a.precision": np.ones(4)},
+        {"a.recall": np.ones((3, 1)), "a.precision": np.ones((3, 1))},
+        {"a.recall": np.array(["x"]), "a.precision": np.array(["y"])},
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=r"curves\.npz: not the npz of curves"):
+            load_curves(path)
+    assert not (tmp_path / "trap").exists()
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"curves\.npz"):
+        load_curves(path)
+    np.savez_compressed(path, **{"a.recall": np.zeros(10**6), "a.precision": np.zeros(10**6)})
+    with pytest.raises(ValueError, match="unpacks to more than 100 times its size"):
+        load_curves(path)
+
+
+def test_hostile_official_curves(tmp_path):
+    """A tiny file that claims billions of numbers, and ones that would read the bytes of other files."""
+    secret, path = tmp_path / "secret", tmp_path / "wider_pr_info_X_easy_val.mat"
+    secret.write_bytes(np.ones(2000).tobytes())
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["pr_cruve"] = np.ones((2, 1000))
+
+    def huge(file):
+        file.create_dataset("pr_cruve", (2, 10**12), "f8", chunks=(2, 1000))
+
+    def external(file):
+        file.create_dataset("pr_cruve", (2, 1000), "f8", external=[(str(secret), 0, 16000)])
+
+    def linked(file):
+        file["pr_cruve"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "pr_cruve")
+
+    def virtual(file):
+        layout = h5py.VirtualLayout((2, 1000), "f8")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "pr_cruve", (2, 1000))
+        file.create_virtual_dataset("pr_cruve", layout)
+
+    def group(file):
+        file.create_group("pr_cruve")
+
+    def text(file):
+        file["pr_cruve"] = "text"
+
+    for make in (huge, external, linked, virtual, group, text):
+        with h5py.File(path, "w") as file:
+            make(file)
+        with pytest.raises(ValueError, match=r"wider_pr_info_X_easy_val\.mat: not a precision-recall curve"):
+            read_official_curves(tmp_path)
+    with h5py.File(path, "w") as file:
+        file["pr_cruve"] = np.ones((2, 1000))
+    assert read_official_curves(tmp_path)["X"]["easy"].recall.shape == (1000,)

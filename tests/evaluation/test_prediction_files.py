@@ -117,9 +117,7 @@ def test_zip_with_backslashes_that_leaves_its_folder(tmp_path):
 
 
 def test_zip_bombs(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(files, "_MAX_TOTAL_BYTES", 5000)
-    monkeypatch.setattr(files, "_MAX_ENTRIES", 50)
+    monkeypatch.setattr(files, "_PREDICTIONS", files.ZipLimits(entries=50, file_bytes=1000, total_bytes=5000))
     with pytest.raises(ValueError, match="unpacks to more"):
         FileTree(make_zip(tmp_path / "one.zip", {"0--Parade/a_1.txt": "0" * 1001}))
     with pytest.raises(ValueError, match="unpacks to more"):
@@ -129,7 +127,7 @@ def test_zip_bombs(tmp_path, monkeypatch):
 
 
 def test_zip_whose_header_lies(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(files, "_PREDICTIONS", files.ZipLimits(file_bytes=1000))
     path = make_zip(tmp_path / "p.zip", {"a.txt": "0" * 5000})
     true_size, small_size = (5000).to_bytes(4, "little"), (10).to_bytes(4, "little")
     path.write_bytes(path.read_bytes().replace(true_size, small_size))
@@ -170,7 +168,9 @@ def test_layout_of_a_written_file(tmp_path):
     assert lines == ["a_1", "2", "0.000 0.000 1.000 1.000 0.75000000", "1.000 2.000 3.500 4.000 0.25000000"]
 
 
-@pytest.mark.parametrize("image_id", ["a_1", "x/0--Parade/a_1", "../a_1", "/a_1"])
+@pytest.mark.parametrize(
+    "image_id", ["a_1", "x/0--Parade/a_1", "../a_1", "/a_1", "a/..", "C:/a_1", "a/..\\..\\b", "a/b\n9"]
+)
 def test_ids_that_are_not_event_and_image(tmp_path, image_id):
     with pytest.raises(ValueError, match="image id"):
         write_wider_predictions({image_id: np.zeros((0, 5))}, tmp_path / "out")

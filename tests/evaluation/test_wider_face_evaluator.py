@@ -178,6 +178,18 @@ def test_the_test_set_gives_a_submission(tmp_path):
         np.testing.assert_array_equal(submission.detections[image_id], folder.detections[image_id])
 
 
+def test_a_submission_without_all_images_warns(tmp_path, caplog):
+    dicts = [{"image_id": image_id} for image_id in IDS]
+    DatasetCatalog.register(NAME, lambda: dicts)
+    try:
+        evaluator = WiderFaceEvaluator(NAME, str(tmp_path))
+        evaluator.process(dicts[1:], outputs_of(dataset_dicts())[1:])
+        evaluator.evaluate()
+    finally:
+        DatasetCatalog.remove(NAME)
+    assert f"1 of {len(IDS)} images of {NAME} were not processed" in caplog.text and IDS[0] in caplog.text
+
+
 def _run_process(rank, port, output_dir, queue):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     dicts = dataset_dicts()

@@ -20,6 +20,7 @@ from gs_d2.modeling import (
     TwoPassMatcher,
 )
 from gs_d2.modeling.criterion import GroupCriterion
+from gs_d2.modeling.group_loss import GroupLoss
 
 SCALES = [16, 32]
 TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
@@ -58,6 +59,12 @@ def build(max_detections=200, topk=3000, seed=0, detector=RPNDetector, **rpn):
     return model.eval()
 
 
+def build_group_loss(thresholds, sampler):
+    return GroupLoss(
+        matcher=TwoPassMatcher(thresholds), sampler=sampler, criterion=GroupCriterion(TRANSFORM), group_scales=SCALES
+    )
+
+
 def build_rpn(topk, **rpn):
     return GroupSamplingRPN(
         in_features=["p2"],
@@ -65,10 +72,7 @@ def build_rpn(topk, **rpn):
         anchor_generator=ScaleStrideAnchorGenerator(
             sizes=[SCALES], aspect_ratios=[[1.0]], feature_strides=[4], anchor_strides=[[4, 8]]
         ),
-        anchor_matcher=TwoPassMatcher([0.4, 0.6]),
-        sampler=GroupSampler(2, 64),
-        criterion=GroupCriterion(TRANSFORM),
-        group_scales=SCALES,
+        group_loss=build_group_loss([0.4, 0.6], GroupSampler(2, 64)),
         box2box_transform=TRANSFORM,
         pre_nms_topk=(500, topk),
         post_nms_topk=(50, 500),
@@ -89,10 +93,7 @@ def build_two_stage(sampler="random", channels_last=False, autocast_dtype="", **
             box_head=FastRCNNConvFCHead(ShapeSpec(channels=8, height=3, width=3), conv_dims=[], fc_dims=[16]),
             box_predictor=predictor,
             num_classes=1,
-            proposal_matcher=TwoPassMatcher([0.5, 0.6]),
-            sampler=GroupSampler(2, 16, method=sampler),
-            criterion=GroupCriterion(TRANSFORM),
-            group_scales=SCALES,
+            group_loss=build_group_loss([0.5, 0.6], GroupSampler(2, 16, method=sampler)),
         )
         return GroupedFastRCNN(**parts, roi_heads=roi_heads, channels_last=channels_last, autocast_dtype=autocast_dtype)
 

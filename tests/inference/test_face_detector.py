@@ -11,9 +11,9 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from PIL import Image
 
-from gs_d2.config import add_gs_config
+from gs_d2.config import add_gs_config, load_config
+from gs_d2.formats.images import as_rgb
 from gs_d2.inference import FaceDetector, PyramidDetector
-from gs_d2.inference.face_detector import as_rgb, load_config
 
 CONFIG = "configs/quick/demo.yaml"
 SIZE = (104, 80)  # width, height

@@ -198,15 +198,16 @@ def test_it_is_what_the_config_builds():
     cfg = quick_cfg()
     cfg.MODEL.GS.IGNORE_THRESH, cfg.MODEL.GS.SECOND_PASS = 0.3, "all"
     model = build_model(cfg)
-    for matcher in (model.proposal_generator.anchor_matcher, model.roi_heads.proposal_matcher):
+    for matcher in (model.proposal_generator.group_loss.matcher, model.roi_heads.group_loss.matcher):
         assert (matcher.ignore_thresh, matcher.second_pass) == (0.3, "all")
     assert type(model) is GroupedFastRCNN
     assert model.nms_thresh == 0.5 and model.proposal_generator.nms_thresh == 0.7
     assert model.proposal_generator.group_post_nms_topk == {True: 60, False: 100}
     heads = model.roi_heads
-    assert (heads.sampler.num_groups, heads.sampler.num_per_group, heads.sampler.method) == (4, 32, "wrs")
-    assert (heads.proposal_matcher.low, heads.proposal_matcher.high) == (0.5, 0.6)
-    assert heads.group_scales == [16, 32, 64, 128]
+    sampler, matcher = heads.group_loss.sampler, heads.group_loss.matcher
+    assert (sampler.num_groups, sampler.num_per_group, sampler.method) == (4, 32, "wrs")
+    assert (matcher.low, matcher.high) == (0.5, 0.6)
+    assert heads.group_loss.group_scales == [16, 32, 64, 128]
     cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 150, 100
     for architecture, limits in (("GroupedFastRCNN", (0.5, 150)), ("RPNDetector", (0.7, 100))):
         cfg.MODEL.META_ARCHITECTURE = architecture
@@ -214,4 +215,4 @@ def test_it_is_what_the_config_builds():
         assert (model.nms_thresh, model.max_detections) == detection_limits(cfg) == limits
     cfg.MODEL.META_ARCHITECTURE = "GroupedFastRCNN"
     cfg.MODEL.GS.ROI.GROUP_SAMPLING = False
-    assert build_model(cfg).roi_heads.sampler.num_groups == 1
+    assert build_model(cfg).roi_heads.group_loss.sampler.num_groups == 1

@@ -122,9 +122,9 @@ def test_config_builds_the_same_classes():
     cfg.merge_from_file("configs/quick/demo.yaml")
     model = build_model(cfg)
     assert isinstance(model, RPNDetector)
-    assert model.proposal_generator.sampler.num_groups == 4
+    assert model.proposal_generator.group_loss.sampler.num_groups == 4
     cfg.MODEL.GS.GROUP_SAMPLING = False
-    assert build_model(cfg).proposal_generator.sampler.num_groups == 1
+    assert build_model(cfg).proposal_generator.group_loss.sampler.num_groups == 1
 
 
 @pytest.mark.parametrize(

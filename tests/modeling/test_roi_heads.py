@@ -16,6 +16,7 @@ from torch import nn
 
 from gs_d2.modeling import GroupedROIHeads, GroupSampler, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
+from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.ops import reference
 
 SCALES = [16, 32, 64, 128]
@@ -32,7 +33,7 @@ class Recorder(GroupSampler):
         return self.drawn
 
 
-def build(criterion={}, sampler=None, num_classes=1, agnostic=True, **changes):  # noqa: B006
+def build(criterion={}, sampler=None, num_classes=1, agnostic=True, ohem_nms_thresh=1.0, **changes):  # noqa: B006
     torch.manual_seed(0)
     predictor = FastRCNNOutputLayers(
         ShapeSpec(channels=16), box2box_transform=TRANSFORM, num_classes=num_classes, cls_agnostic_bbox_reg=agnostic
@@ -45,10 +46,14 @@ def build(criterion={}, sampler=None, num_classes=1, agnostic=True, **changes): 
         box_head=FastRCNNConvFCHead(ShapeSpec(channels=8, height=3, width=3), conv_dims=[], fc_dims=[16]),
         box_predictor=predictor,
         num_classes=num_classes,
-        proposal_matcher=TwoPassMatcher([0.5, 0.6]),
-        sampler=sampler or Recorder(4, 32),
-        criterion=GroupCriterion(TRANSFORM, **{"smooth_l1_beta": 0.1111, **criterion}),
-        group_scales=SCALES,
+        group_loss=GroupLoss(
+            matcher=TwoPassMatcher([0.5, 0.6]),
+            sampler=sampler or Recorder(4, 32),
+            criterion=GroupCriterion(TRANSFORM, **{"smooth_l1_beta": 0.1111, **criterion}),
+            group_scales=SCALES,
+            ohem_nms_thresh=ohem_nms_thresh,
+            name="roi_groups",
+        ),
     )
     return GroupedROIHeads(**{**arguments, **changes})
 
@@ -110,14 +115,14 @@ def literal_group(box):
 
 def literal_losses(heads, kind, features, proposals, targets, num_groups, num_classes=1):
     """Eq. 2 in loops over images, groups and the samples that were drawn, from the sampler's answer alone."""
-    drawn = heads.sampler.drawn
+    drawn = heads.group_loss.sampler.drawn
     loss_cls = loss_reg = 0.0
     for b, (proposal, target) in enumerate(zip(proposals, targets, strict=True)):
         gts = target.gt_boxes.tensor
         boxes = torch.cat([proposal.proposal_boxes.tensor, gts])
         matched_idxs, match_labels, _ = reference.two_pass_match(gts, boxes, low=0.5, high=0.6, second_pass="best")
-        assert torch.equal(heads.sampler.asked[0][b, : len(boxes)], match_labels)
-        assert (heads.sampler.asked[0][b, len(boxes) :] == -1).all()
+        assert torch.equal(heads.group_loss.sampler.asked[0][b, : len(boxes)], match_labels)
+        assert (heads.group_loss.sampler.asked[0][b, len(boxes) :] == -1).all()
         logits, deltas = outputs(heads, features, b, boxes)
         groups = [literal_group(box) if num_groups > 1 else 0 for box in boxes]
         for group in range(num_groups):
@@ -178,8 +183,8 @@ def test_n_per_reference_scale_at_1_to_3(method):
     heads = build(sampler=Recorder(4, 16, method=method))
     inputs = images(num=(60, 40))
     _, logged = run(heads, *inputs)
-    labels, groups, _ = heads.sampler.asked
-    drawn, full, totals = heads.sampler.drawn, 0, torch.zeros(4, 4)
+    labels, groups, _ = heads.group_loss.sampler.asked
+    drawn, full, totals = heads.group_loss.sampler.drawn, 0, torch.zeros(4, 4)
     for b in range(2):
         boxes = torch.cat([inputs[2][b].proposal_boxes.tensor, inputs[3][b].gt_boxes.tensor])
         assert groups[b, : len(boxes)].tolist() == [literal_group(box) for box in boxes]
@@ -208,10 +213,16 @@ def test_what_fills_up_ragged_proposals_is_never_drawn_or_counted(method):
     heads = build(sampler=Recorder(4, 10**4, positive_fraction=1.0, method=method))
     losses, logged = run(heads, *together)
     count = len(boxes[1]) + 1
-    assert (heads.sampler.asked[0][1, count:] == -1).all() and (heads.sampler.drawn[1, count:] == -1).all()
-    assert (heads.sampler.drawn >= 0).sum() == (heads.sampler.asked[0] >= 0).sum() <= sum(map(len, boxes)) + 5
+    assert (heads.group_loss.sampler.asked[0][1, count:] == -1).all() and (
+        heads.group_loss.sampler.drawn[1, count:] == -1
+    ).all()
+    assert (
+        (heads.group_loss.sampler.drawn >= 0).sum()
+        == (heads.group_loss.sampler.asked[0] >= 0).sum()
+        <= sum(map(len, boxes)) + 5
+    )
     matched = sum(logged[f"roi_groups/{label}_matched@{scale}"] for scale in SCALES for label in ("pos", "neg"))
-    assert matched == (heads.sampler.asked[0] >= 0).sum() / 2
+    assert matched == (heads.group_loss.sampler.asked[0] >= 0).sum() / 2
     alone = []
     for b in range(2):
         images_, features, proposals, targets = together
@@ -256,10 +267,10 @@ def test_ignore_boxes_are_never_negative():
     heads = build(sampler=Recorder(4, 10**4, method="none"))
     inputs = images()
     run(heads, *inputs)
-    without = heads.sampler.asked[0]
+    without = heads.group_loss.sampler.asked[0]
     region = torch.tensor([[0.0, 0, 110, 220]])
     run(heads, *inputs, [Boxes(region), Boxes(NO_BOXES)])
-    labels = heads.sampler.asked[0]
+    labels = heads.group_loss.sampler.asked[0]
     assert torch.equal(without[1], labels[1]) and torch.equal(without == 1, labels == 1)
     boxes = torch.cat([inputs[2][0].proposal_boxes.tensor, FACES])
     inside = (torch.min(boxes[:, 2:], region[:, 2:]) - torch.max(boxes[:, :2], region[:, :2])).clamp(min=0).prod(dim=1)
@@ -274,16 +285,16 @@ def test_faces_are_proposals_only_where_asked_for():
     for append, extra in ((True, 4), (False, 0)):
         heads = build(proposal_append_gt=append)
         run(heads, *inputs)
-        assert heads.sampler.asked[0].shape[1] == len(inputs[2][0]) + extra
+        assert heads.group_loss.sampler.asked[0].shape[1] == len(inputs[2][0]) + extra
 
 
 def test_ohem_draws_the_highest_losses():
     heads = build(sampler=Recorder(4, 16, method="ohem"))
     inputs = images()
     run(heads, *inputs)
-    labels, groups, losses = heads.sampler.asked
+    labels, groups, losses = heads.group_loss.sampler.asked
     assert not losses.requires_grad
-    drawn, chosen = heads.sampler.drawn, 0
+    drawn, chosen = heads.group_loss.sampler.drawn, 0
     for b in range(2):
         boxes = torch.cat([inputs[2][b].proposal_boxes.tensor, inputs[3][b].gt_boxes.tensor])
         with torch.no_grad():
@@ -306,16 +317,16 @@ def test_ohem_prunes_overlapping_proposals():
     inputs = images()
     heads = build(sampler=Recorder(1, 10**4, 1.0, method="ohem"))
     run(heads, *inputs)
-    num_unpruned = (heads.sampler.drawn >= 0).sum()
-    heads.ohem_nms_thresh = 0.5
+    num_unpruned = (heads.group_loss.sampler.drawn >= 0).sum()
+    heads.group_loss.ohem_nms_thresh = 0.5
     run(heads, *inputs)
     for b in range(2):
         boxes = torch.cat([inputs[2][b].proposal_boxes.tensor, inputs[3][b].gt_boxes.tensor])
         for label in (0, 1):
-            kept = boxes[heads.sampler.drawn[b, : len(boxes)] == label]
+            kept = boxes[heads.group_loss.sampler.drawn[b, : len(boxes)] == label]
             ious = reference.box_iou(kept, kept).fill_diagonal_(0)
             assert len(kept) and (ious <= 0.5).all()
-    assert (heads.sampler.drawn >= 0).sum() < 0.7 * num_unpruned
+    assert (heads.group_loss.sampler.drawn >= 0).sum() < 0.7 * num_unpruned
     with pytest.raises(ValueError, match=r"OHEM_NMS_THRESH must be in \(0, 1\], got 0"):
         build(ohem_nms_thresh=0)
 

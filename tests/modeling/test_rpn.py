@@ -11,6 +11,7 @@ from torchvision.ops import nms
 from gs_d2 import ops
 from gs_d2.modeling import GroupSampler, GroupSamplingRPN, ScaleStrideAnchorGenerator, SoftmaxRPNHead, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
+from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.sampling import group_by_scale
 
 SCALES = [16, 32, 64, 128]
@@ -19,15 +20,18 @@ SCALES = [16, 32, 64, 128]
 TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
 
 
-def build(criterion={}, **changes):  # noqa: B006
+def build(criterion={}, sampler=None, ohem_nms_thresh=1.0, **changes):  # noqa: B006
     arguments = dict(
         in_features=["p2"],
         head=SoftmaxRPNHead(in_channels=8, num_anchors=4),
         anchor_generator=ScaleStrideAnchorGenerator(sizes=[SCALES], aspect_ratios=[[1.0]], feature_strides=[4]),
-        anchor_matcher=TwoPassMatcher([0.4, 0.6]),
-        sampler=GroupSampler(4, 64),
-        criterion=GroupCriterion(TRANSFORM, **criterion),
-        group_scales=SCALES,
+        group_loss=GroupLoss(
+            matcher=TwoPassMatcher([0.4, 0.6]),
+            sampler=sampler or GroupSampler(4, 64),
+            criterion=GroupCriterion(TRANSFORM, **criterion),
+            group_scales=SCALES,
+            ohem_nms_thresh=ohem_nms_thresh,
+        ),
         box2box_transform=TRANSFORM,
         pre_nms_topk=(500, 800),
         post_nms_topk=(50, 100),
@@ -61,10 +65,10 @@ def test_loss_is_eq_2(num_groups, method):
     rpn = build({"box_reg_loss_type": "least_square_iou"}, sampler=GroupSampler(num_groups, 64, method=method))
     images, features, instances = inputs()
     seen = []
-    draw = rpn.sampler.__call__
-    rpn.sampler = lambda *a: seen.append((a, draw(*a))) or seen[-1][1]
-    rpn.sampler.num_groups, rpn.sampler.max_positives = num_groups, num_groups * 16
-    rpn.sampler.method = method
+    draw = rpn.group_loss.sampler.__call__
+    rpn.group_loss.sampler = lambda *a: seen.append((a, draw(*a))) or seen[-1][1]
+    rpn.group_loss.sampler.num_groups, rpn.group_loss.sampler.max_positives = num_groups, num_groups * 16
+    rpn.group_loss.sampler.method = method
     with CountingStorage():
         _, losses = rpn(images, features, instances, with_proposals=False)
     (match_labels, group_idxs, anchor_losses), sampled = seen[0]
@@ -76,7 +80,7 @@ def test_loss_is_eq_2(num_groups, method):
     logits, deltas = rpn.anchor_generator.flatten(logits, 2), rpn.anchor_generator.flatten(deltas, 4)
     loss_cls = loss_loc = 0.0
     for b, gt in enumerate(instances):
-        match = rpn.anchor_matcher.match(gt.gt_boxes.tensor, anchors)
+        match = rpn.group_loss.matcher.match(gt.gt_boxes.tensor, anchors)
         assert torch.equal(match.match_labels, match_labels[b])
         for group in range(num_groups):
             drawn = torch.nonzero((sampled[b] >= 0) & (group_idxs == group))[:, 0]
@@ -132,8 +136,8 @@ def test_ignore_boxes_are_never_negative():
     anchors = rpn.anchor_generator([features["p2"]])[0].tensor
     gt_boxes = [x.gt_boxes for x in instances]
     region = Boxes(torch.tensor([[0.0, 0, 128, 50]]))
-    without, _, _ = rpn.anchor_matcher.match_images(anchors, gt_boxes, [Boxes(torch.zeros(0, 4))])
-    with_region, _, _ = rpn.anchor_matcher.match_images(anchors, gt_boxes, [region])
+    without, _, _ = rpn.group_loss.match(anchors, gt_boxes, [Boxes(torch.zeros(0, 4))])
+    with_region, _, _ = rpn.group_loss.match(anchors, gt_boxes, [region])
     inside = (anchors[:, 3] <= 50) & (anchors[:, 1] >= 0) & (anchors[:, 0] >= 0) & (anchors[:, 2] <= 128)
     assert (without[0][inside] == 0).any()
     assert (with_region[0][inside] != 0).all()
@@ -230,15 +234,15 @@ def test_ohem_prunes_overlapping_anchors():
     for thresh in (1.0, 0.4):
         rpn = build(sampler=GroupSampler(4, 10**4, 1.0, method="ohem"), ohem_nms_thresh=thresh)
         seen = []
-        draw, rpn.sampler = rpn.sampler, lambda *a: seen.append(draw(*a)) or seen[-1]  # noqa: B023
+        draw, rpn.group_loss.sampler = rpn.group_loss.sampler, lambda *a: seen.append(draw(*a)) or seen[-1]  # noqa: B023
         for name in ("method", "num_groups", "num_per_group", "max_positives"):
-            setattr(rpn.sampler, name, getattr(draw, name))
+            setattr(rpn.group_loss.sampler, name, getattr(draw, name))
         with EventStorage():
             rpn(images, features, instances, with_proposals=False)
         drawn[thresh] = seen[0][0]
     anchors, _, deltas = rpn.predict(features)
     boxes = TRANSFORM.apply_deltas(deltas[0].detach(), anchors)
-    scale_idxs, _ = rpn.group_anchors(anchors)
+    scale_idxs, _ = rpn.group_loss.group(anchors)
     assert ((drawn[0.4] == -1) | (drawn[0.4] == drawn[1.0])).all()
     for group in range(4):
         for label in (0, 1):

@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import RPN_HEAD_REGISTRY
 from torch import nn
 
+from gs_d2.config import load_config
 from gs_d2.modeling import SoftmaxRPNHead
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -40,7 +41,7 @@ def tool(load_script):
 @pytest.fixture(scope="module")
 def analysed(tool):
     names = dict.fromkeys(name for name, _ in PAPER)
-    return {name: tool.analyze(tool.load(CONFIGS / "wider" / f"{name}.yaml"), (800, 800)) for name in names}
+    return {name: tool.analyze(load_config(CONFIGS / "wider" / f"{name}.yaml"), (800, 800)) for name in names}
 
 
 @pytest.mark.parametrize(("name", "figure"), PAPER)
@@ -82,7 +83,7 @@ def test_a_config_at_a_size_with_overrides(tool, capsys):
     assert tool.main(["--config-file", str(R18), "--size", "60", "70", "MODEL.FPN.OUT_CHANNELS", "32"]) == 0
     printed = capsys.readouterr().out
     assert "64 x 96 (height x width)" in printed and "fc layer: 0.513 M" in printed
-    found = tool.analyze(tool.load(R18, ["MODEL.FPN.OUT_CHANNELS", "32"]), (60, 70))
+    found = tool.analyze(load_config(R18, ["MODEL.FPN.OUT_CHANNELS", "32"]), (60, 70))
     cells = 8 * 12
     head = cells * (9 * 32 * 32 + 24 * 32)
     laterals = 32 * cells * (128 + 256 / 4 + 512 / 16)
@@ -94,7 +95,7 @@ def test_a_config_at_a_size_with_overrides(tool, capsys):
 def test_frozen_or_not_is_the_same(tool):
     """BatchNorm counts alike whether it is frozen, and whichever of the net's stages are."""
     frozen, trained = (
-        tool.analyze(tool.load(R18, ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", freeze]), (64, 64))
+        tool.analyze(load_config(R18, ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", freeze]), (64, 64))
         for norm, freeze in (("FrozenBN", 2), ("BN", 0))
     )
     assert frozen == trained

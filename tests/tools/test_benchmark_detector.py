@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from gs_d2.config import load_config
+
 
 @pytest.fixture(scope="module")
 def tool(load_script):
@@ -28,7 +30,7 @@ def test_measures_every_row(tool, tmp_path, capsys):
 
 
 def test_both_networks_have_the_same_anchors_and_samples(tool):
-    stock, ours = tool.stock_config(), tool.load(tool.CONFIG)
+    stock, ours = tool.stock_config(), load_config(tool.CONFIG)
     assert stock.MODEL.RPN.BATCH_SIZE_PER_IMAGE == 4 * ours.MODEL.RPN.BATCH_SIZE_PER_IMAGE
     for key in ("IN_FEATURES", "IOU_THRESHOLDS", "POSITIVE_FRACTION", "NMS_THRESH"):
         assert stock.MODEL.RPN[key] == ours.MODEL.RPN[key]

@@ -15,6 +15,7 @@ from detectron2.modeling import build_backbone, build_model
 from torchvision.transforms.functional import normalize
 
 import gs_d2.modeling  # noqa: F401
+from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import add_gs_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -74,7 +75,7 @@ def torchvision_features(net, image):
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_detector_computes_torchvisions_features(tool, tmp_path, capsys, depth, legacy):
     """From the pixels on, so mean, deviation and order of the channels are right in configs/Base-WIDER.yaml too."""
-    source, target = tmp_path / "in.pth", tmp_path / "new folder" / "out.pkl"
+    source, target = tmp_path / "in.pth", tmp_path / "new folder" / "out.pth"
     torch.save(state_dict(depth), source, _use_new_zipfile_serialization=not legacy)
     assert tool.main([str(source), "--output", str(target)]) == 0
     assert "left out: fc.weight, fc.bias" in capsys.readouterr().out
@@ -82,7 +83,7 @@ def test_a_detector_computes_torchvisions_features(tool, tmp_path, capsys, depth
     cfg = load_cfg("MODEL.WEIGHTS", str(target), name=YAML_OF[depth])
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.NORM) == ("RGB", "FrozenBN")
     detector = build_model(cfg).eval()
-    DetectionCheckpointer(detector).load(cfg.MODEL.WEIGHTS)
+    Checkpointer(detector).load(cfg.MODEL.WEIGHTS, checkpointables=[])  # not a pickle, so no flag
 
     rgb = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     preset = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
@@ -98,7 +99,7 @@ def test_a_detector_computes_torchvisions_features(tool, tmp_path, capsys, depth
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_everything_is_loaded_and_nothing_is_left(tool, tmp_path, depth):
     """Alone and inside a detector, whose names have a prefix that Detectron2 matches by their ends."""
-    path = tmp_path / "x.pkl"
+    path = tmp_path / "x.pth"
     detected, arrays = tool.convert(state_dict(depth))
     assert detected == depth
     tool.write(path, arrays)
@@ -215,7 +216,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
 def test_a_wrong_file_writes_nothing(tool, tmp_path, capsys, make, message):
-    source, target = tmp_path / "in.pth", tmp_path / "folder" / "out.pkl"
+    source, target = tmp_path / "in.pth", tmp_path / "folder" / "out.pth"
     make(source)
     assert tool.main([str(source), "--output", str(target)]) == 2
     printed = capsys.readouterr()
@@ -225,22 +226,22 @@ def test_a_wrong_file_writes_nothing(tool, tmp_path, capsys, make, message):
 
 
 def test_a_failed_write_keeps_what_was_there(tool, tmp_path, capsys, monkeypatch):
-    source, target = save(tmp_path / "in.pth", state_dict()), tmp_path / "out.pkl"
+    source, target = save(tmp_path / "in.pth", state_dict()), tmp_path / "out.pth"
     target.write_text("as before")
 
     def dump(content, file):
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tool.pickle, "dump", dump)
+    monkeypatch.setattr(tool.torch, "save", dump)
     assert tool.main([source, "--output", str(target)]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pkl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pth"]
     assert target.read_text() == "as before"
 
 
 def test_detectron2_reads_such_files_by_their_suffix(tool, tmp_path, capsys):
     source = save(tmp_path / "in.pth", state_dict())
-    assert tool.main([source, "--output", str(tmp_path / "out.pth")]) == 2
-    assert "out.pth: Detectron2 reads these weights from a file named .pkl only" in capsys.readouterr().err
+    assert tool.main([source, "--output", str(tmp_path / "out.pkl")]) == 2
+    assert "out.pkl: Detectron2 reads these weights from a file named .pth only" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth"]

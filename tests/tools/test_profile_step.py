@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gs_d2.config import load_config
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = ["--size", "64", "96", "--faces", "3", "--steps", "2"]
 
@@ -47,7 +49,7 @@ def test_parts_within_parts_are_counted_once(tool):
 
 
 def test_timing_changes_nothing(tool):
-    cfg = tool.load(CONFIGS / "quick" / "demo.yaml")
+    cfg = load_config(CONFIGS / "quick" / "demo.yaml")
     inputs = tool.random_input((64, 64), 3)
     model = tool.random_model(cfg).eval()
     plain = model(inputs)[0]["instances"]

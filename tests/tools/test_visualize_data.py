@@ -56,6 +56,19 @@ def test_views_of_the_loader(tool, records, tmp_path):
             assert picture.size == (64 + 4, 64 + 22 + 4)
 
 
+@pytest.mark.parametrize("source", ["annotation", "dataloader"])
+def test_bad_images_are_named_and_left_out(tool, records, tmp_path, capfd, caplog, monkeypatch, source):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    changed = [records[0] | {"file_name": str(bad)}, *records[1:]]
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: changed)
+    tool.main(["--source", source, "--output-dir", str(tmp_path / "out"), "--num-images", "0", *OPTS])
+    first = records[0]["image_id"].split("/")[1]
+    names = {path.stem.removesuffix("_2") for path in (tmp_path / "out").iterdir()}
+    assert names and first not in names
+    assert (capfd.readouterr().err + caplog.text).count(f"{bad}: cannot be read as an image") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

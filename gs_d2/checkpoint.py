@@ -1,0 +1,377 @@
+"""Weights and checkpoints: read without running what is in them, and written whole or not at all."""
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+
+import numpy as np
+import torch
+
+from gs_d2 import compat  # noqa: F401  isort: skip
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+
+_logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 5  # keys of a list that a message spells out
+_REBUILT_KEYS = ("pixel_mean", "pixel_std")  # set from the config; old files hold them, too
+_REBUILT_PART = "anchor_generator.cell_anchors"
+# Detectron2's own server. A name of other characters could climb out of it, and out of the local cache.
+_CATALOG = re.compile(r"(detectron2|catalog)://[\w./-]+")
+_HEURISTICS = "?matching_heuristics=True"  # of Detectron2: match the names of the weights by their ends
+_PICKLES = (".pkl", ".pyth")
+_PARTIAL = ".part"  # ends the name of a file that is being written
+_MAX_UNPACKED = 4  # times its size that a .pth may hold; torch's own are not compressed
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer for files that nobody vouches for and machines that stop at any moment.
+
+    Reading. A `.pth` may hold tensors and plain values (``torch.load(weights_only=True)``), a `.safetensors` only
+    tensors. Pickles (`.pkl`, `.pyth`, a `.pth` that holds objects) can run any code and are refused, but for those that
+    `detectron2://` or `catalog://` names, which come from Detectron2's own server.
+
+    Writing. A file appears whole or not at all, and `last_checkpoint` names it only then. Values that
+    ``weights_only`` could not read back are refused: they would be noticed only when somebody resumes.
+
+    Args:
+        model: the weights go into it.
+        save_dir: a local folder; "" writes nothing.
+        allow_pickle: read pickles, too.
+        strict: the weights that :meth:`load` reads must be all of the model's, and no others; so that nothing is
+            evaluated with random layers. False, for training from a backbone: at least one must fit, and those that do
+            not are logged. A checkpoint that training is resumed from must fit in any case.
+        save_to_disk: None is "in the main process only".
+        checkpointables: what is saved and resumed besides the model, by name.
+    """
+
+    def __init__(self, model, save_dir="", *, allow_pickle=False, strict=False, save_to_disk=None, **checkpointables):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.allow_pickle = allow_pickle
+        self.strict = strict
+        self._resumed_from = ""
+        self._source, self._must_fit = "", strict  # of the load that is going on
+
+    # Reading
+
+    def load(self, path, checkpointables=None):
+        """Loads weights, and of the checkpointables those named (None: all that the file has).
+
+        Args:
+            path: a file, a `detectron2://` name, or "" for nothing.
+
+        Returns:
+            dict: what the file holds besides.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is a pickle, damaged, holds no model or one that does not fit, or is "" though `strict`.
+        """
+        self._source = path = os.fspath(path or "")
+        if not path and self.strict:
+            raise ValueError("no weights: MODEL.WEIGHTS is empty and there is no checkpoint to resume from")
+        path = path.removesuffix(_HEURISTICS)
+        if "://" in path and ".." in path:  # downloads go to a folder of the cache that is named after the address
+            raise ValueError(f"{path}: an address of weights must not have '..'")
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"no such weights: {path}")
+        self._must_fit = self.strict or checkpointables is None
+        try:
+            return super().load(path, checkpointables)
+        finally:
+            if hasattr(self, "_parsed_url_during_load"):  # else Detectron2 refuses to load again after an error
+                self._parsed_url_during_load = None
+
+    def _load_file(self, filename):
+        if filename.endswith(_PICKLES):
+            if not self._may_unpickle():
+                raise ValueError(
+                    f"{filename} is a pickle, which can run any code: pass allow_pickle=True (train_net.py: "
+                    "--allow-pickle) if you trust where it is from"
+                )
+            return super()._load_file(filename)
+        loaded = read_weights(filename, allow_pickle=self._may_unpickle())
+        if self._source.endswith(_HEURISTICS):
+            loaded["matching_heuristics"] = True
+        return loaded
+
+    def _may_unpickle(self) -> bool:
+        return self.allow_pickle or _CATALOG.fullmatch(self._source.removesuffix(_HEURISTICS)) is not None
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        missing, unexpected, shapes = incompatible
+        of_other_shape = {key for key, _, _ in shapes}
+        missing = [key for key in missing if key not in of_other_shape and key not in _REBUILT_KEYS]
+        unexpected = [key for key in unexpected if key not in _REBUILT_KEYS and _REBUILT_PART not in key]
+        own = self.model.state_dict().keys() - set(_REBUILT_KEYS)
+        nothing_fits = bool(own) and own <= {*missing, *of_other_shape}
+        if self._must_fit or nothing_fits:
+            shapes = [f"{key} {tuple(theirs)} (the model's is {tuple(ours)})" for key, theirs, ours in shapes]
+            problems = [
+                f"{len(keys)} {what}: {', '.join(keys[:_MAX_NAMED])}{', ...' if len(keys) > _MAX_NAMED else ''}"
+                for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+                if keys
+            ]
+            if problems:
+                raise ValueError(
+                    f"{self._source} does not fit the config's model{', nor any part of it' * nothing_fits}. Keys "
+                    + "; ".join(problems)
+                )
+        return incompatible
+
+    # Resuming
+
+    def resume_or_load(self, path, *, resume=True):
+        """Resumes from :meth:`get_checkpoint_file`, all processes from the main one's; if there is none, or not
+        `resume`, loads only the weights of `path`."""
+        found, error = "", None
+        if resume and comm.is_main_process():
+            try:
+                found = self.get_checkpoint_file()
+            except ValueError as problem:
+                error = str(problem)
+        found, error = comm.all_gather((found, error))[0]
+        if error is not None:
+            raise ValueError(error)
+        self._resumed_from = found
+        return self.load(found) if found else self.load(path, checkpointables=[])
+
+    def has_checkpoint(self) -> bool:
+        """Whether the last :meth:`resume_or_load` resumed, or would."""
+        return bool(self._resumed_from or self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint to resume from: the one that `last_checkpoint` names, and where that is not whole, the one of
+        the most iterations that is, with a warning. "" if there is neither a `last_checkpoint` nor a checkpoint.
+
+        Raises:
+            ValueError: `last_checkpoint` is there but no checkpoint can be read.
+        """
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        name, problem = None, f"there is no {tag}"
+        if os.path.isfile(tag):
+            with open(tag, encoding="utf-8", errors="replace") as file:
+                name = file.read(4096).strip()
+            if name and "\0" not in name and name == os.path.basename(name) and name not in (".", ".."):
+                path = os.path.join(self.save_dir, name)
+                problem = self._why_not(path)
+                if problem is None:
+                    return path
+            else:
+                problem = f"{tag} holds no name of a file of this folder: {name[:80]!r}"
+        best, best_iteration = "", -2
+        for path in self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []:
+            if os.path.basename(path) != name and self._why_not(path) is None:
+                iteration = _iteration(path)
+                if iteration > best_iteration:
+                    best, best_iteration = path, iteration
+        if best:
+            _logger.warning(f"{problem}. Resuming from {best}, the last checkpoint that is whole")
+        elif name is not None:
+            raise ValueError(
+                f"cannot resume: {problem}, and there is no other checkpoint in {self.save_dir} that is whole; "
+                "remove last_checkpoint there to begin anew"
+            )
+        return best
+
+    def _why_not(self, path) -> str | None:
+        """What keeps a file from being resumed from; None if nothing does."""
+        try:
+            loaded = read_weights(path, allow_pickle=self.allow_pickle, mmap=True)
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():
+                        return f"{path} is damaged at {damaged}"
+        except (FileNotFoundError, ValueError, zipfile.BadZipFile) as error:
+            return str(error)
+        absent = [key for key in self.checkpointables if key not in loaded]
+        return f"{path} is no checkpoint of a training: it has no {', '.join(absent)}" if absent else None
+
+    # Writing
+
+    def save(self, name, **kwargs):
+        """Writes `<save_dir>/<name>.pth`, then `last_checkpoint`.
+
+        Args:
+            kwargs: more to save: tensors, numbers, text, None, and lists, tuples and dicts of them.
+
+        Raises:
+            OSError: it cannot be written, say for want of space; what was there is kept.
+            ValueError: something is of another type.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        others = {key: value.state_dict() for key, value in self.checkpointables.items()} | kwargs
+        data |= {key: _plain(value, key) for key, value in others.items()}
+        file_name = f"{name}.pth"
+        if file_name != os.path.basename(file_name):
+            raise ValueError(f"the name of a checkpoint must not have folders, got {name!r}")
+        path = os.path.join(self.save_dir, file_name)
+        _logger.info(f"Saving checkpoint to {path}")
+        _write_whole(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(file_name)
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        _write_whole(path, lambda file: file.write(last_filename_basename.encode()))
+
+
+def read_weights(path: str, *, allow_pickle: bool = False, mmap: bool = False) -> dict:
+    """Reads a `.pth` or `.safetensors` file.
+
+    Args:
+        allow_pickle: a `.pth` may hold any object, which can run code.
+        mmap: leave the tensors of a `.pth` on disk until they are used.
+
+    Returns:
+        dict: with the state dict (name -> tensor, or array) as "model", and what else the file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds objects though not `allow_pickle`, or no model; or it is a `.safetensors` file
+            and that package is missing.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such weights: {path}")
+    if path.endswith(".safetensors"):
+        return {"model": _read_safetensors(path)}
+    if zipfile.is_zipfile(path):
+        _check_zip(path)
+    else:
+        mmap = False  # torch's old format
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read as weights ({_first_line(error)}): it is damaged, or holds more than tensors and "
+            "plain values; that can run any code: pass allow_pickle=True (train_net.py: --allow-pickle) if you trust it"
+        ) from error
+    except Exception as error:  # torch raises nearly anything for a damaged file
+        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)})") from error
+    if isinstance(loaded, dict) and "model" not in loaded:
+        loaded = {"model": loaded}
+    state = loaded["model"] if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_dense(v) for k, v in state.items()):
+        raise ValueError(f"{path} holds no model: it must be a state dict, or a dict with one as 'model'")
+    return loaded
+
+
+def _read_safetensors(path):
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{path}: reading it needs a package ({error}): pip install safetensors") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)})") from error
+
+
+def _check_zip(path):
+    """Refuses a .pth that would unpack to far more than it is, or that is cut short."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)})") from error
+    if unpacked > _MAX_UNPACKED * os.path.getsize(path):
+        raise ValueError(f"{path} cannot be read as weights: it unpacks to {unpacked / 1e9:.1f} GB, far above its size")
+
+
+def _is_dense(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return isinstance(value, np.ndarray) and value.dtype != object
+
+
+def _first_line(error) -> str:
+    return (str(error).splitlines() or [repr(error)])[0] or repr(error)
+
+
+def _iteration(path) -> int:
+    value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).get("iteration", -1)
+    return value if isinstance(value, int) else -1
+
+
+def _plain(value, where):
+    """The same of types that weights_only reads: NumPy's numbers as Python's, its arrays as tensors."""
+    if isinstance(value, np.generic):  # before float, which np.float64 is
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.Tensor)):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.ascontiguousarray(value)).clone()
+    if isinstance(value, dict):
+        return {_plain(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    raise ValueError(
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: its state_dict() must be of tensors, "
+        "numbers, text and lists and dicts of them"
+    )
+
+
+class _Sink:
+    """A file for torch.save, which takes errors of writing badly: keeps the first, and then only counts bytes."""
+
+    def __init__(self, file):
+        self._file, self.size, self.error = file, 0, None
+
+    def write(self, data):
+        size = memoryview(data).nbytes
+        self.size += size
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def flush(self):
+        pass
+
+
+def _write_whole(path, write):
+    """Calls `write` with a file beside `path`, which then takes its place at once; OSError names path and space."""
+    partial, folder, sink = path + _PARTIAL, os.path.dirname(path) or ".", None
+    try:
+        with open(partial, "wb") as file:
+            sink = _Sink(file)
+            write(sink)
+            if sink.error is not None:
+                raise sink.error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        if not isinstance(error, OSError):
+            raise
+        needed = f"it needs {sink.size / 1e6:.1f} MB, and " if sink is not None else ""
+        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free" if os.path.isdir(folder) else "there is none"
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({error.strerror or error}): {needed}{free} in its folder; "
+            "earlier checkpoints are as they were, and --resume goes on from the last",
+        ) from error
+    _sync_folder(folder)
+
+
+def _sync_folder(folder):
+    """So that the new name outlives a power cut, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,114 @@
+"""The loaders of train_net.py: training goes on without bad images, and testing does not begin with any missing."""
+
+import logging
+
+import numpy as np
+import torch
+from detectron2.data import (
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+
+from gs_d2.data.dataset_mapper import BadDataError, FaceDatasetMapper, off_the_image
+from gs_d2.data.missing_files import check_images, where_it_belongs
+
+_MAX_TRIES = 100  # of images in place of a bad one
+_logger = logging.getLogger(__name__)
+
+
+def build_train_loader(cfg):
+    """Detectron2's training loader of cfg.DATASETS.TRAIN with the project's augmentation, which survives bad data.
+
+    What :class:`TrainingViews` says of bad images and boxes holds for all loader workers of a process together: they
+    share what they know of the images.
+    """
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    views = TrainingViews(records, FaceDatasetMapper(cfg, is_train=True))
+    return build_detection_train_loader(cfg, dataset=views, mapper=_as_it_is)
+
+
+def build_test_loader(cfg, dataset_name: str):
+    """Detectron2's test loader: each image of the data set once.
+
+    Raises:
+        FileNotFoundError: images of the data set are missing, now and not hours later. (One that cannot be read raises
+            BadDataError with its name when its turn comes: an evaluation without it would be another benchmark's.)
+    """
+    records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    image_root = MetadataCatalog.get(dataset_name).get("image_root")
+    if image_root is not None:
+        check_images(records, image_root, where_it_belongs(dataset_name, f"files of {image_root}"))
+    return build_detection_test_loader(cfg, dataset_name, mapper=FaceDatasetMapper(cfg, is_train=False))
+
+
+class TrainingViews(torch.utils.data.Dataset):
+    """One augmented view for each dict of a data set, or of another one where its image cannot be used.
+
+    A bad image is reported once, with its name, and never opened again; so are boxes that cannot be of their image
+    (:func:`gs_d2.data.dataset_mapper.off_the_image`). Which image takes its place is drawn with numpy's global
+    generator and does not depend on what other workers have found.
+
+    Args:
+        records: dataset dicts.
+        mapper: makes a view of one; BadDataError and FileNotFoundError mean that another is to take its place.
+
+    Raises:
+        RuntimeError: by an item for which 101 images (or all, where there are fewer) proved bad.
+    """
+
+    def __init__(self, records: list[dict], mapper: FaceDatasetMapper):
+        self._records = DatasetFromList(records, copy=False)
+        self._mapper = mapper
+        self._bad = torch.zeros(len(records), dtype=torch.bool).share_memory_()  # with all workers
+        self._boxes_reported = self._bad.clone().share_memory_()
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        view = self._view(index)
+        if view is not None:
+            return view
+        tried = 1
+        for other in np.random.permutation(len(self))[:_MAX_TRIES]:
+            view = self._view(int(other))
+            if view is not None:
+                return view
+            tried += int(other) != index
+        raise RuntimeError(
+            f"{tried} images drawn in a row cannot be used, such as {self._records[index]['file_name']}; "
+            f"{int(self._bad.sum())} of the {len(self)} images of the data set are known to be bad. The warnings above "
+            "say why; check the data set and DETECTRON2_DATASETS"
+        )
+
+    def _view(self, index) -> dict | None:
+        if self._bad[index]:
+            return None
+        record = self._records[index]
+        try:
+            view = self._mapper(record)
+        except (BadDataError, FileNotFoundError) as error:
+            self._bad[index] = True
+            _logger.warning(f"Left out of training, for another image: {error}")
+            return None
+        if not self._boxes_reported[index]:
+            self._boxes_reported[index] = True
+            self._report_boxes(record, view["height"], view["width"])
+        return view
+
+    def _report_boxes(self, record, height, width):
+        boxes = record["gt_boxes"]
+        off = off_the_image(boxes, height, width)
+        if off.any():
+            first = ", ".join(f"{value:g}" for value in boxes[off.argmax()])
+            _logger.warning(
+                f"Left out of training: {int(off.sum())} of {len(boxes)} boxes of {record['file_name']}, which is "
+                f"{width} x {height} pixels; the first is from x1, y1, x2, y2 = {first}"
+            )
+
+
+def _as_it_is(view: dict) -> dict:
+    return view

@@ -1,0 +1,69 @@
+"""Pictures of any kind as RGB, for training, evaluation and demo alike; with Pillow and numpy only."""
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def as_rgb(image) -> Image.Image:
+    """A picture as an RGB image of 8 bits.
+
+    A file's EXIF orientation is applied, as viewers do (and Detectron2's `read_image`); damaged EXIF data is passed
+    over. 16-bit values become their high byte, alpha is dropped, and grey, palette and CMYK colours are converted.
+
+    Args:
+        image: a path; a PIL image; or an array uint8 [H, W, 3], RGB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, damaged, or of more pixels than Pillow's limit against decompression bombs
+            (2 * PIL.Image.MAX_IMAGE_PIXELS, by default 178,956,970); names the path. Or an array of another type or
+            shape, an image without pixels, or one whose pixels are floats.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"image must be uint8 [H, W, 3] (RGB) and not empty, got {image.dtype} {image.shape}")
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError(f"image must be a path, a PIL image or a numpy array, got {type(image).__name__}")
+    path = os.fspath(image)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such image: {path}")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path}: cannot be read as an image (it is not a file)")
+    if not os.path.getsize(path):
+        raise ValueError(f"{path}: cannot be read as an image (the file is empty)")
+    try:
+        with Image.open(path) as file:
+            file.load()
+            _turn_upright(file)
+            return _to_rgb(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path}: cannot be read as an image ({error}) Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:  # of a broken file Pillow's decoders raise nearly anything
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _turn_upright(file: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(file, in_place=True)  # a copy of a huge picture would double its memory
+    except Exception:  # its pixels are fine all the same
+        pass
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"image must not be empty, got {image.width} x {image.height} pixels")
+    if image.mode == "F":
+        raise ValueError("pixels are floats, whose range is unknown: convert them to uint8")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
+        values = np.asarray(image)
+        if image.mode != "I" or values.max() > 255:  # "I" is also what 8-bit values may come in
+            values = values >> 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
