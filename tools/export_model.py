@@ -24,9 +24,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from gs_d2.config import load_config
+from gs_d2.formats.images import as_rgb
 from gs_d2.inference import FaceDetector
 from gs_d2.inference.export import INPUT, OUTPUTS, ExportableDetector, to_exported_program, to_onnx, to_torchscript
-from gs_d2.formats.images import as_rgb
 from gs_d2.modeling.nms import top_nms
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "torch_export": ".pt2"}

@@ -22,6 +22,7 @@ from gs_d2.modeling import (
 )
 from gs_d2.modeling.backbone import TopDown
 from gs_d2.modeling.criterion import GroupCriterion
+from gs_d2.modeling.group_loss import GroupLoss
 
 CHANNELS = 8
 SIZES = [(64, 64), (97, 131), (33, 257), (203, 150), (5, 7)]  # the example of the graph is 77 x 109 and larger
