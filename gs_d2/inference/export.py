@@ -1,4 +1,4 @@
-"""Single-stage detectors as graphs of tensors alone, for torch.jit, torch.export and ONNX.
+"""Single-stage detectors as graphs of tensors alone, for TorchScript and ONNX.
 
 The arithmetic is the detector's own (:meth:`RPNDetector.normalize`, its backbone, :meth:`GroupSamplingRPN.predict` and
 :func:`gs_d2.modeling.decoding.best_boxes`); only the padding to whole feature maps and the order of NMS and limit are
@@ -18,11 +18,11 @@ from gs_d2.modeling import RPNDetector
 INPUT = "image"
 OUTPUTS = ("boxes", "scores")
 OPSET = 20
-_EXAMPLE_CELLS = (5, 7)  # of the coarsest map: unlike each other, and not 1, which torch.export takes for a constant
+_EXAMPLE_CELLS = (5, 7)  # of the coarsest grid: unlike each other, and not 1, which torch.export takes for a constant
 
 
 class ExportableDetector(nn.Module):
-    """One image to its faces, at one scale and in float32, as tensors that torch.jit.trace and torch.export record."""
+    """One image to its faces, at one scale and in float32, as arithmetic that torch.jit.trace and torch.export record."""
 
     def __init__(self, detector: nn.Module, with_nms: bool = True):
         """
@@ -56,7 +56,7 @@ class ExportableDetector(nn.Module):
             boxes (float32 Tensor[n, 4]): XYXY in pixels of `image`, clipped to it.
             scores (float32 Tensor[n]): face probabilities of at least TEST.GS.SCORE_THRESH, falling (up to rounding).
 
-            With NMS what :class:`RPNDetector` detects; else the candidates that its NMS starts from, at most
+            With NMS what :class:`RPNDetector` detects, up to rounding; else the candidates that its NMS starts from, at most
             MODEL.RPN.PRE_NMS_TOPK_TEST. n is 0 where no face is found.
         """
         detector, rpn = self.detector, self.detector.proposal_generator
@@ -75,7 +75,7 @@ class ExportableDetector(nn.Module):
         return boxes, logits.sigmoid()
 
     def example(self, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """An input of a size from which all three formats generalise to others."""
+        """An input of a size from which both formats generalise to others."""
         side = max(self.detector.size_divisibility, 32)
         height, width = (cells * side - 3 for cells in _EXAMPLE_CELLS)
         return torch.zeros(1, 3, height, width, dtype=dtype, device=self.detector.device)
@@ -88,21 +88,6 @@ def to_torchscript(graph: ExportableDetector, dtype: torch.dtype = torch.uint8) 
         # Detectron2 tests for empty tensors, which these never are before the end of the graph.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return torch.jit.trace(graph, graph.example(dtype))
-
-
-def to_exported_program(graph: ExportableDetector, dtype: torch.dtype = torch.uint8) -> torch.export.ExportedProgram:
-    """The program for images of `dtype` (uint8 or float32) whose sides both exceed `size_divisibility`.
-
-    Raises:
-        ValueError: the backbone does not pad its input (`size_divisibility` is 1), so that torch.export would take odd
-            and even sides for different programs.
-    """
-    if graph.detector.size_divisibility == 1:
-        raise ValueError(
-            "torch.export cannot keep the sizes of this backbone open, since its input is not padded (its "
-            "size_divisibility is 1 or less): export to ONNX or TorchScript instead"
-        )
-    return _program(graph, dtype)
 
 
 def to_onnx(graph: ExportableDetector, dtype: torch.dtype = torch.uint8):
