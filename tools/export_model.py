@@ -190,8 +190,8 @@ def compare(run, graph: ExportableDetector, images: list[np.ndarray]) -> int:
             unlike += [f"{size}, only {who}: box {face[:4]}, score {face[4]:.6f}" for face in faces[alone].tolist()]
     sizes = ", ".join(f"{image.shape[3]} x {image.shape[2]}" for image in images)
     print(
-        f"Compared with the model on {len(images)} images ({sizes}): {num_faces} faces; those found by both differ by at "
-        f"most {errors[0]:.1g} px and {errors[1]:.1g} in score; {len(unlike)} found by one alone"
+        f"Compared with the model on {len(images)} images ({sizes}): {num_faces} faces; those found by both differ by "
+        f"at most {errors[0]:.1g} px and {errors[1]:.1g} in score; {len(unlike)} found by one alone"
     )
     if not num_faces:
         print("There was no face to compare: name a picture that has some with --sample-image")

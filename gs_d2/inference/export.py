@@ -22,7 +22,7 @@ _EXAMPLE_CELLS = (5, 7)  # of the coarsest grid: unlike each other, and not 1, w
 
 
 class ExportableDetector(nn.Module):
-    """One image to its faces, at one scale and in float32, as arithmetic that torch.jit.trace and torch.export record."""
+    """One image to its faces, at one scale and in float32, as arithmetic that tracing and torch.export record."""
 
     def __init__(self, detector: nn.Module, with_nms: bool = True):
         """
@@ -56,8 +56,8 @@ class ExportableDetector(nn.Module):
             boxes (float32 Tensor[n, 4]): XYXY in pixels of `image`, clipped to it.
             scores (float32 Tensor[n]): face probabilities of at least TEST.GS.SCORE_THRESH, falling (up to rounding).
 
-            With NMS what :class:`RPNDetector` detects, up to rounding; else the candidates that its NMS starts from, at most
-            MODEL.RPN.PRE_NMS_TOPK_TEST. n is 0 where no face is found.
+            With NMS what :class:`RPNDetector` detects, up to rounding; else the candidates that its NMS starts from, at
+            most MODEL.RPN.PRE_NMS_TOPK_TEST. n is 0 where no face is found.
         """
         detector, rpn = self.detector, self.detector.proposal_generator
         height, width = image.shape[-2:]

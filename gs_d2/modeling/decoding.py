@@ -1,4 +1,4 @@
-"""From the predictions of an image to its boxes, by arithmetic that torch.jit.trace and torch.export record."""
+"""From the predictions of an image to its boxes, by arithmetic that tracing and torch.export record."""
 
 import math
 
@@ -25,20 +25,21 @@ def best_boxes(
         logits (Tensor[R, 2]): background and face; what is not a number is dropped.
         deltas (Tensor[R, 4]): as `box2box_transform` takes them; what gives no finite box is dropped.
         image_size: (height, width) in pixels, numbers or what tracing has in their place; boxes are clipped to it.
-        topk: boxes considered.
+        topk: boxes considered, those of the highest scores.
         score_thresh: face probability below which a box is dropped.
         min_size: boxes with a side not above this many pixels are dropped.
 
     Returns:
-        boxes (Tensor[n, 4]), the logits of their probabilities (Tensor[n], falling; of equal ones the lower row comes
-        first, everywhere, so that one NMS gives the same on any device) and the rows of their anchors (int64
-        Tensor[n]); n is 0 where nothing is left.
+        boxes (Tensor[n, 4]), the logits of their probabilities (Tensor[n], falling) and the rows of their anchors
+        (int64 Tensor[n]); n is 0 where nothing is left. Of equal logits the lower row comes first, also where `topk`
+        cuts, so that equal predictions give the same boxes on every device and in exported graphs.
     """
     # What a diverged model predicts is dropped here; in training its loss stops the run.
     scores = (logits[:, 1] - logits[:, 0]).nan_to_num(nan=-float("inf"))
-    rows = scores.topk(_at_most(scores.shape[0], topk), sorted=False).indices.sort().values
-    scores, order = scores[rows].sort(descending=True, stable=True)
-    rows = rows[order]
+    # A whole stable sort, since topk takes any of equal scores, and others on another device.
+    scores, rows = scores.sort(descending=True, stable=True)
+    num = _at_most(scores.shape[0], topk)
+    scores, rows = scores[:num], rows[:num]
     boxes = box2box_transform.apply_deltas(deltas[rows], anchors[rows])
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
     boxes = torch.where(finite[:, None], boxes, torch.zeros_like(boxes))
@@ -51,7 +52,7 @@ def best_boxes(
 
 
 def _at_most(count, limit: int):
-    """The lesser of a size, which in tracing is a tensor and in torch.export a symbol, and a number."""
+    """The lesser of a number and a size, which in tracing is a tensor and in torch.export a symbol."""
     return count.clamp(max=limit) if isinstance(count, Tensor) else torch.sym_min(count, limit)
 
 
