@@ -22,7 +22,7 @@ def best_boxes(
 
     Args:
         anchors (Tensor[R, 4]): XYXY.
-        logits (Tensor[R, 2]): background and face; what is not a number is dropped.
+        logits (Tensor[R, 2]): background and face; where their difference is not finite, the box is dropped.
         deltas (Tensor[R, 4]): as `box2box_transform` takes them; what gives no finite box is dropped.
         image_size: (height, width) in pixels, numbers or what tracing has in their place; boxes are clipped to it.
         topk: boxes considered, those of the highest scores.
@@ -35,7 +35,7 @@ def best_boxes(
         cuts, so that equal predictions give the same boxes on every device and in exported graphs.
     """
     # What a diverged model predicts is dropped here; in training its loss stops the run.
-    scores = (logits[:, 1] - logits[:, 0]).nan_to_num(nan=-float("inf"))
+    scores = (logits[:, 1] - logits[:, 0]).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     # A whole stable sort, since topk takes any of equal scores, and others on another device.
     scores, rows = scores.sort(descending=True, stable=True)
     num = _at_most(scores.shape[0], topk)
@@ -58,5 +58,5 @@ def _at_most(count, limit: int):
 
 def _logit(probability: float) -> float:
     if not 0 < probability < 1:
-        return float("inf") if probability >= 1 else -float("inf")
+        return math.inf if probability >= 1 else -math.inf
     return math.log(probability) - math.log1p(-probability)
