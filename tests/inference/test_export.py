@@ -75,14 +75,16 @@ def run_onnx(session, inputs):
     return [torch.from_numpy(x) for x in session.run(["boxes", "scores"], {"image": inputs["image"][None].numpy()})]
 
 
-def check_torchscript(model, with_nms):
+@torch.no_grad()
+def check_torchscript(model, with_nms, most):
     script, counts = to_torchscript(ExportableDetector(model, with_nms)), []
     for size in SIZES:
         inputs = image(*size)
         wanted = expected(model, inputs, with_nms)
-        assert_same_faces(script(inputs["image"][None]), wanted)
+        found = script(inputs["image"][None])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)  # the same arithmetic: also in the same order
         counts.append(len(wanted[0]))
-    assert max(counts) == (DETECTIONS if with_nms else TOPK) > min(counts)  # the limits are met, and not everywhere
+    assert max(counts) >= most > min(counts)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def exported():
 
 @pytest.mark.parametrize("with_nms", [True, False])
 def test_torchscript_at_other_sizes(with_nms):
-    check_torchscript(small(), with_nms)
+    check_torchscript(small(), with_nms, DETECTIONS if with_nms else TOPK)  # both limits are met
 
 
 def test_onnx_at_other_sizes(exported):
@@ -140,8 +142,18 @@ def test_what_cannot_be_exported():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout):
     model = resnet(layout)
-    check_torchscript(model, with_nms=True)
-    check_torchscript(model, with_nms=False)
+    check_torchscript(model, with_nms=True, most=DETECTIONS)
+    check_torchscript(model, with_nms=False, most=3 * DETECTIONS)
     session = session_of(to_onnx(ExportableDetector(model)).model_proto)
     for inputs in [image(*size) for size in SIZES] + [flat(40, 50)]:
         assert_same_faces(run_onnx(session, inputs), expected(model, inputs))
+
+
+@pytest.mark.slow  # only for its company: a second file takes as long as the first
+def test_onnx_without_nms_and_with_float_pixels():
+    model = small()
+    session = session_of(to_onnx(ExportableDetector(model, with_nms=False), torch.float32).model_proto)
+    for size in SIZES:
+        inputs = image(*size)
+        wanted = expected(model, inputs, with_nms=False)
+        assert_same_faces(run_onnx(session, {"image": inputs["image"].float()}), wanted)
