@@ -61,7 +61,7 @@ class FaceDetector:
         self.cfg = cfg
         model = build_model(cfg).eval()
         Checkpointer(model, allow_pickle=allow_pickle, strict=True).load(weights)
-        self._model = PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model
+        self.model = PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model
         self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class FaceDetector:
         pixels = convert_PIL_to_numpy(image, self.cfg.INPUT.FORMAT)
         pixels = self._resize.get_transform(pixels).apply_image(pixels)
         pixels = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-        (result,) = self._model([{"image": pixels, "height": image.height, "width": image.width}])
+        (result,) = self.model([{"image": pixels, "height": image.height, "width": image.width}])
         faces = result["instances"].to("cpu")
         return faces.pred_boxes.tensor.float().numpy(), faces.scores.float().numpy()
 

@@ -97,7 +97,8 @@ class ScaleStrideAnchorGenerator(nn.Module):
             cell = cell.to(feature.device)
             parts = []
             for stride, step, first, last in grids:
-                rows, columns = (len(range(step // 2, size, step)) for size in feature.shape[-2:])
+                # len(range(step // 2, size, step)), as arithmetic that tracing records
+                rows, columns = ((size - step // 2 + step - 1) // step for size in feature.shape[-2:])
                 y = (torch.arange(rows, dtype=torch.float32, device=feature.device) + self.offset) * stride
                 x = (torch.arange(columns, dtype=torch.float32, device=feature.device) + self.offset) * stride
                 y, x = torch.meshgrid(y, x, indexing="ij")

@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator, build_roi_heads
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
-from torch import nn
+from torch import Tensor, nn
 
 from gs_d2.modeling.nms import top_nms
 
@@ -167,9 +167,13 @@ class RPNDetector(nn.Module):
         anchors = self.proposal_generator.anchor_generator
         return math.lcm(self.size_divisibility, *anchors.strides), math.ceil(anchors.max_side)
 
+    def normalize(self, image: Tensor) -> Tensor:
+        """Pixels 0..255, [..., 3, H, W] in the order of INPUT.FORMAT, as the backbone takes them."""
+        return (image - self.pixel_mean) / self.pixel_std
+
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises, pads to a common size that the backbone divides, and batches."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [self.normalize(x["image"].to(self.device)) for x in batched_inputs]
         batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
         batch.tensor = batch.tensor.contiguous(memory_format=self.memory_format)
         return batch

@@ -12,6 +12,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
+from gs_d2.modeling.decoding import best_boxes
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import top_nms
 from gs_d2.modeling.sampling import first_of_each_group, group_by_scale
@@ -133,7 +134,7 @@ class GroupSamplingRPN(torch.nn.Module):
                 `with_proposals` is False.
             losses (dict): "loss_rpn_cls" and "loss_rpn_loc" in training, else empty.
         """
-        anchors, logits, deltas = self._predict(features)
+        anchors, logits, deltas = self.predict(features)
         losses = {}
         if self.training:
             assert gt_instances is not None, "GroupSamplingRPN needs gt_instances in training"
@@ -163,9 +164,9 @@ class GroupSamplingRPN(torch.nn.Module):
             For each image the boxes of the highest scores, at most PRE_NMS_TOPK, of a probability of at least
             `score_thresh_test`, with the fields of its proposals.
         """
-        return self._decode(*self._predict(features), images.image_sizes, self.score_thresh_test)
+        return self._decode(*self.predict(features), images.image_sizes, self.score_thresh_test)
 
-    def _predict(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors [R, 4], logits [B, R, 2] and deltas [B, R, 4], float32 also under autocast."""
         maps = [features[name] for name in self.in_features]
         anchors = Boxes.cat(self.anchor_generator(maps)).tensor
@@ -204,26 +205,25 @@ class GroupSamplingRPN(torch.nn.Module):
         image_sizes: list[tuple[int, int]],
         score_thresh: float,
     ) -> list[Instances]:
-        """The best boxes of each image: top-k by score, decode, clip, drop small and improbable ones."""
-        objectness = pred_logits[..., 1] - pred_logits[..., 0]
-        min_logit = _logit(score_thresh)
         results = []
-        for scores, deltas, image_size in zip(objectness.detach(), pred_deltas.detach(), image_sizes, strict=True):
-            # What a diverged model predicts is dropped here; in training its loss stops the run.
-            scores = scores.nan_to_num(nan=-float("inf"))
-            scores, idxs = scores.topk(min(self.pre_nms_topk[self.training], len(scores)))
-            boxes = self.box2box_transform.apply_deltas(deltas[idxs], anchors[idxs])
-            finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
-            boxes = Boxes(torch.where(finite[:, None], boxes, torch.zeros_like(boxes)))
-            boxes.clip(image_size)
-            keep = finite & boxes.nonempty(self.min_box_size) & (scores >= min_logit)
+        for logits, deltas, image_size in zip(pred_logits, pred_deltas, image_sizes, strict=True):
+            boxes, scores, idxs = self.best_boxes(anchors, logits, deltas, image_size, score_thresh)
             candidates = Instances(image_size)
-            candidates.proposal_boxes = boxes[keep]
-            candidates.objectness_logits = scores[keep]
-            candidates.anchor_scales = Boxes(anchors[idxs[keep]]).area().sqrt()
+            candidates.proposal_boxes = Boxes(boxes)
+            candidates.objectness_logits = scores
+            candidates.anchor_scales = Boxes(anchors[idxs]).area().sqrt()
             results.append(candidates)
         return results
 
-
-def _logit(probability: float) -> float:
-    return float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
+    def best_boxes(self, anchors: Tensor, logits: Tensor, deltas: Tensor, image_size: tuple, score_thresh: float):
+        """:func:`gs_d2.modeling.decoding.best_boxes` of one image of :meth:`predict`, at most PRE_NMS_TOPK."""
+        return best_boxes(
+            anchors,
+            logits,
+            deltas,
+            image_size,
+            box2box_transform=self.box2box_transform,
+            topk=self.pre_nms_topk[self.training],
+            score_thresh=score_thresh,
+            min_size=self.min_box_size,
+        )

@@ -140,7 +140,7 @@ def test_faster_convolutions_predict_the_same(key, value, tolerance):
         model = build_model(cfg)
         images = model.preprocess_image(batch())
         with model._autocast():
-            return model.proposal_generator._predict(model.backbone(images.tensor)), model
+            return model.proposal_generator.predict(model.backbone(images.tensor)), model
 
     plain, _ = predict(["MODEL.GS.CHANNELS_LAST", False, "MODEL.GS.AUTOCAST_DTYPE", ""])
     fast, model = predict([f"MODEL.GS.{key}", value])

@@ -240,7 +240,7 @@ def test_ohem_prunes_overlapping_anchors():
         with EventStorage():
             rpn(images, features, instances, with_proposals=False)
         drawn[thresh] = seen[0][0]
-    anchors, _, deltas = rpn._predict(features)
+    anchors, _, deltas = rpn.predict(features)
     boxes = TRANSFORM.apply_deltas(deltas[0].detach(), anchors)
     scale_idxs, _ = rpn.group_loss.group(anchors)
     assert ((drawn[0.4] == -1) | (drawn[0.4] == drawn[1.0])).all()
