@@ -9,6 +9,14 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbo
 from torch import Tensor, nn
 
 
+def doubling_strides(shapes: dict[str, ShapeSpec], in_features: list[str]) -> list[int]:
+    """Strides of maps from fine to coarse, each of which must be twice the one before, so that sums and joins fit."""
+    strides = [shapes[name].stride for name in in_features]
+    if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+        raise ValueError(f"in_features must double in stride from one to the next, got {strides} of {in_features}")
+    return strides
+
+
 class TopDown(Backbone):
     """1x1 lateral convolutions, bilinear x2 upsampling and elementwise sums.
 
@@ -32,9 +40,7 @@ class TopDown(Backbone):
         """
         super().__init__()
         shapes = bottom_up.output_shape()
-        strides = [shapes[name].stride for name in in_features]
-        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
-            raise ValueError(f"in_features must double in stride from one to the next, got {strides} of {in_features}")
+        strides = doubling_strides(shapes, in_features)
         self.bottom_up = bottom_up
         self.in_features = tuple(in_features)
         self._size_divisibility = strides[-1]

@@ -1,13 +1,12 @@
 """YOLOv3 (Redmon and Farhadi, 2018) as a backbone: all else it shares with the other detectors."""
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from gs_d2.modeling.backbone import doubling_strides
 from gs_d2.modeling.pipelines.darknet import build_darknet53_backbone, darknet_conv
 
 
@@ -57,9 +56,7 @@ class YOLOv3Neck(Backbone):
         """
         super().__init__()
         shapes = bottom_up.output_shape()
-        strides = [shapes[name].stride for name in in_features]
-        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
-            raise ValueError(f"in_features must double in stride from one to the next, got {strides} of {in_features}")
+        strides = doubling_strides(shapes, in_features)
         self.bottom_up = bottom_up
         self.in_features = tuple(in_features)
         self._size_divisibility = strides[-1]
