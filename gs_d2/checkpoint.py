@@ -134,8 +134,8 @@ class Checkpointer(DetectionCheckpointer):
         if resume and comm.is_main_process():
             try:
                 found = self.get_checkpoint_file()
-            except ValueError as problem:
-                error = str(problem)
+            except Exception as problem:  # the other processes wait for an answer, whatever it is
+                error = str(problem) or repr(problem)
         found, error = comm.all_gather((found, error))[0]
         if error is not None:
             raise ValueError(error)
@@ -168,7 +168,7 @@ class Checkpointer(DetectionCheckpointer):
         best, best_iteration = "", -2
         for path in self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []:
             if os.path.basename(path) != name and self._why_not(path) is None:
-                iteration = _iteration(path)
+                iteration = _iteration(path, self.allow_pickle)
                 if iteration > best_iteration:
                     best, best_iteration = path, iteration
         if best:
@@ -296,8 +296,8 @@ def _first_line(error) -> str:
     return (str(error).splitlines() or [repr(error)])[0] or repr(error)
 
 
-def _iteration(path) -> int:
-    value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).get("iteration", -1)
+def _iteration(path, allow_pickle) -> int:
+    value = read_weights(path, allow_pickle=allow_pickle, mmap=True).get("iteration", -1)
     return value if isinstance(value, int) else -1
 
 

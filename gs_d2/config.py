@@ -90,7 +90,8 @@ def add_gs_config(cfg):
     cfg.SOLVER.GS.NONFINITE_LOSS = "stop"
 
     cfg.TEST.GS = CN()
-    # Detections below this score (probability) are dropped. Above 0.05 it costs average precision.
+    # Detections below this score (probability) are dropped. Above 0.05 it costs average precision. (RetinaNet has
+    # MODEL.RETINANET.SCORE_THRESH_TEST for it.)
     cfg.TEST.GS.SCORE_THRESH = 0.01
     # True: test on an image pyramid and merge its levels by one NMS (gs_d2.inference.PyramidDetector). Needs
     # INPUT.MIN_SIZE_TEST 0. MODEL.RPN.PRE_NMS_TOPK_TEST boxes are kept of each level, and MODEL.RPN.NMS_THRESH (with a
@@ -243,6 +244,16 @@ def check_training(cfg):
         raise ValueError(
             "SOLVER.AMP.ENABLED trains in float16 and MODEL.GS.AUTOCAST_DTYPE bfloat16 in bfloat16: "
             'set SOLVER.AMP.ENABLED False, or MODEL.GS.AUTOCAST_DTYPE ""'
+        )
+    if cfg.MODEL.GS.AUTOCAST_DTYPE == "float16" and not cfg.SOLVER.AMP.ENABLED:
+        raise ValueError(
+            "MODEL.GS.AUTOCAST_DTYPE float16 trains without scaling the loss, so that small gradients vanish: "
+            "set SOLVER.AMP.ENABLED True as well on a GPU, or MODEL.GS.AUTOCAST_DTYPE bfloat16"
+        )
+    if cfg.MODEL.GS.AUTOCAST_DTYPE and cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
+        raise ValueError(
+            "MODEL.GS.AUTOCAST_DTYPE does nothing in GroupSamplingRetinaNet: "
+            'set it "" and, on a GPU, SOLVER.AMP.ENABLED True'
         )
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise ValueError(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -340,6 +340,16 @@ def test_nothing_that_is_whole(tmp_path):
     torch.save(net(7).state_dict(), tmp_path / "weights.pth")
     (tmp_path / "last_checkpoint").unlink()
     assert resumed(tmp_path, tmp_path / "weights.pth") == (7.0, 0, False)
+
+
+def test_objects_that_are_allowed_are_passed_over_to_as_well(tmp_path):
+    for iteration in (1, 2):
+        path = saved(tmp_path, f"model_{iteration}", iteration)
+        torch.save({**torch.load(path, weights_only=True), "where": PurePosixPath("a")}, path)
+    cut(saved(tmp_path, "model_3", 3))
+    with pytest.raises(ValueError, match="there is no other checkpoint"):
+        resumed(tmp_path)
+    assert Checkpointer(net(), str(tmp_path), allow_pickle=True).get_checkpoint_file().endswith("model_2.pth")
 
 
 # Writing

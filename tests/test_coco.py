@@ -18,7 +18,7 @@ from gs_d2.config import add_gs_config, check_config, detection_limits
 from gs_d2.data import CocoDatasetMapper, FaceDatasetMapper, dataset_mapper_of
 from gs_d2.engine import Trainer
 from gs_d2.evaluation import CocoRecallEvaluator
-from gs_d2.inference import PyramidDetector
+from gs_d2.inference import FaceDetector, PyramidDetector
 
 TOY = """
     MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM GN
@@ -58,12 +58,57 @@ def test_trains_and_is_evaluated_by_the_official_api(name, task, figures, evalua
     assert all(0 <= results[task][figure] <= 100 for figure in figures)
 
 
+def test_what_is_annotated_is_all_that_is_to_be_found(coco_toy, tmp_path):
+    """The annotations themselves as detections: 100 in every figure. Swapped classes or another size would show."""
+    cfg = toy_cfg("fast_rcnn", "OUTPUT_DIR", str(tmp_path))
+    evaluator = Trainer.build_evaluator(cfg, "coco_toy_val")
+    evaluator.reset()
+    records = {record["file_name"]: record for record in DatasetCatalog.get("coco_toy_val")}
+    for (image,) in Trainer.build_test_loader(cfg, "coco_toy_val"):
+        objects = [x for x in records[image["file_name"]]["annotations"] if not x.get("iscrowd")]
+        boxes = torch.tensor([x["bbox"] for x in objects]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        found = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes), scores=torch.ones(len(boxes)))
+        found.pred_classes = torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)
+        evaluator.process([image], [{"instances": found}])
+    results = evaluator.evaluate()["bbox"]
+    assert results["AP"] == pytest.approx(100) and results["AP50"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fast_rcnn"])
+def test_detector_of_one_picture_keeps_the_confidence_threshold(name, tmp_path):
+    cfg = toy_cfg(name)
+    torch.manual_seed(0)
+    torch.save(build_model(cfg).state_dict(), tmp_path / "weights.pth")
+    picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    _, low = FaceDetector(cfg, tmp_path / "weights.pth", confidence_threshold=0.0).detect(picture)
+    middle = float(np.median(low))
+    assert low.min() < middle < low.max()
+    _, high = FaceDetector(cfg, tmp_path / "weights.pth", confidence_threshold=middle).detect(picture)
+    assert 0 < len(high) and high.min() >= middle
+
+
 def test_final_nms_is_within_a_class():
     model = build_model(toy_cfg("fast_rcnn"))
     candidates = Instances((120, 160), pred_boxes=Boxes(torch.tensor([[10.0, 10, 60, 60]]).repeat(4, 1)))
     candidates.scores, candidates.pred_classes = torch.tensor([0.5, 0.9, 0.8, 0.7]), torch.tensor([0, 2, 0, 2])
     kept = model.select_detections(candidates)
     assert kept.scores.tolist() == pytest.approx([0.9, 0.8]) and kept.pred_classes.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_found_among_several_classes(training):
+    model = build_model(toy_cfg("fast_rcnn", "TEST.GS.SCORE_THRESH", 1.0)).train(training)
+    image = {"image": torch.zeros(3, 96, 128, dtype=torch.uint8)}
+    if not training:
+        (result,) = model([image])
+        assert len(result["instances"]) == 0
+        return
+    nothing = Instances((96, 128), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
+    everywhere = Boxes(torch.tensor([[-500.0, -500, 700, 700]]))
+    with EventStorage():
+        losses = model([{**image, "instances": nothing, "ignore_boxes": everywhere}])
+    assert len(losses) == 4 and all(loss == 0 and loss.requires_grad for loss in losses.values())
 
 
 def test_box_voting_of_several_classes_is_refused():

@@ -12,7 +12,7 @@ from gs_d2 import compat
 
 
 def launch(main, args, device: str, main_args: tuple):
-    """Calls `main(*main_args)` in each process, and returns what it returns where that is this process alone.
+    """Calls `main(*main_args)` in each process, and returns what it returns where Detectron2 has started none.
 
     Under torchrun this process is one of those that it started, and joins their group; otherwise --num-gpus and
     --num-machines say how many Detectron2 is to start. Ends the program with a message where that cannot work.
@@ -31,7 +31,9 @@ def launch(main, args, device: str, main_args: tuple):
             f"--num-gpus {args.num_gpus} asks for several processes, which Detectron2 cannot start on this CPU: "
             f"use torchrun --nproc_per_node {args.num_gpus} train_net.py ... without --num-gpus"
         )
-    return detectron2_launch(
+    if num_processes == 1:
+        return main(*main_args)
+    detectron2_launch(
         main,
         args.num_gpus,
         num_machines=args.num_machines,

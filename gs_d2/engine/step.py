@@ -40,7 +40,8 @@ class AccumulatingTrainer(TrainerBase):
     ):
         """
         Args:
-            model: returns a dict of scalar losses; possibly wrapped by DistributedDataParallel.
+            model: returns a dict of losses of one element, or their sum alone; possibly wrapped by
+                DistributedDataParallel.
             data_loader: iterable over batches; its `seek(iteration)` is called before the first, if it has one.
             output_dir: where a batch with a non-finite loss is saved.
             seed: >= 0, the same in all processes.
@@ -64,15 +65,11 @@ class AccumulatingTrainer(TrainerBase):
         """
         if not self.model.training:
             raise RuntimeError("the model was put into eval mode during training; call model.train() after evaluating")
-        if self._batches is None:
-            if hasattr(self.data_loader, "seek"):
-                self.data_loader.seek(self.iter)
-            self._batches = iter(self.data_loader)
         self.optimizer.zero_grad()
         batches, losses, data_time = [], [], 0.0
         for index in range(self.accumulation_steps):
             start = time.perf_counter()
-            batches.append(next(self._batches))
+            batches.append(next(self._data_loader_iter))
             data_time += time.perf_counter() - start
             # After loading, which without workers seeds this process's generators for each image.
             seed_generators(self.seed, STEP, self.iter, index, comm.get_rank())
@@ -88,6 +85,15 @@ class AccumulatingTrainer(TrainerBase):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
+    @property
+    def _data_loader_iter(self):
+        """Detectron2's name, which overrides of its `run_step` use."""
+        if self._batches is None:
+            if hasattr(self.data_loader, "seek"):
+                self.data_loader.seek(self.iter)
+            self._batches = iter(self.data_loader)
+        return self._batches
+
     def _synchronized(self, yes: bool):
         """Gradients travel between processes with the last backward pass of an iteration only."""
         if yes or not isinstance(self.model, DistributedDataParallel):
@@ -101,6 +107,8 @@ class AccumulatingTrainer(TrainerBase):
                 losses = self.model(batches[-1])
         except FloatingPointError as error:  # Detectron2's own RPN looks at its boxes; other processes cannot know
             raise FloatingPointError(f"{error}\n{self._save(batches, {})}") from error
+        if isinstance(losses, torch.Tensor):
+            losses = {"total_loss": losses}
         total = sum(losses.values()) / self.accumulation_steps
         self.grad_scaler.scale(total).backward()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -139,7 +147,11 @@ class AccumulatingTrainer(TrainerBase):
         return f"{names}  saved in {path}; read it with torch.load(path, weights_only=True)"
 
     def state_dict(self):
-        state = {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            **super().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": [self._skipped, self._skipped_in_a_row],
+        }
         if self.amp:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
@@ -147,14 +159,18 @@ class AccumulatingTrainer(TrainerBase):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._skipped, self._skipped_in_a_row = state_dict.get("skipped", (0, 0))
         if self.amp and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 def _mean_losses(passes: list[dict]) -> dict:
-    """Each loss, averaged over the passes, as a float. The only wait for the GPU in an iteration."""
-    values = torch.stack([torch.stack([loss.float() for loss in losses.values()]) for losses in passes])
-    return dict(zip(passes[0], values.mean(dim=0).tolist(), strict=True))
+    """Each loss, averaged over the passes, as a float. The training loop's only wait for the GPU in an iteration."""
+    names = list(passes[0])
+    if any(losses.keys() != passes[0].keys() for losses in passes):
+        raise ValueError(f"the model's losses differ between the passes: {[sorted(losses) for losses in passes]}")
+    values = torch.stack([torch.stack([losses[name].float().reshape(()) for name in names]) for losses in passes])
+    return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
 
 
 def _write_metrics(of_ranks: list[dict], data_time: float):

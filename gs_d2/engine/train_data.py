@@ -16,7 +16,8 @@ class TrainLoader:
     The stream of all processes together is one: its order is shuffled anew for each pass over the data set, and what is
     random in `views` (generators of random, numpy and torch) is seeded for every item of the stream. Both depend on
     `seed` and the place in the stream alone; not on the number of loader workers, nor on what was drawn before. With
-    `aspect_ratio_grouping`, images that wait for others of their shape are lost by a seek.
+    `aspect_ratio_grouping`, images that wait for others of their shape are lost by a seek, and the number of workers
+    may change the batches.
     """
 
     def __init__(
@@ -37,6 +38,11 @@ class TrainLoader:
             batches_per_iteration: how many batches an iteration consumes.
             aspect_ratio_grouping, num_workers: as :func:`detectron2.data.build_detection_train_loader`.
         """
+        num_processes = comm.get_world_size()
+        if total_batch_size < 1 or total_batch_size % num_processes:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, got {total_batch_size}"
+            )
         self.dataset = SeededViews(views, seed)
         self._seed = seed
         self._images_per_iteration = total_batch_size * batches_per_iteration
@@ -66,10 +72,11 @@ class SeededSampler(Sampler):
             first: the place where the stream of all processes together starts.
         """
         self._size, self._seed, self._first = size, seed, first
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()  # loader workers may not know
 
     def __iter__(self):
         epoch = None
-        for place in itertools.count(self._first + comm.get_rank(), comm.get_world_size()):
+        for place in itertools.count(self._first + self._rank, self._world_size):
             if place // self._size != epoch:
                 epoch = place // self._size
                 order = self._shuffled(epoch)

@@ -8,6 +8,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
@@ -19,6 +20,8 @@ from gs_d2.evaluation import CocoRecallEvaluator, FaceEvalEvaluator, FDDBEvaluat
 from gs_d2.inference import PyramidDetector
 
 EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
+
+_logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -35,6 +38,9 @@ class Trainer(DefaultTrainer):
             ValueError: settings of the solver that contradict each other (:func:`gs_d2.config.check_training`).
         """
         TrainerBase.__init__(self)  # DefaultTrainer's own gives DDP a GPU and takes no other trainer of steps
+        for name in ("detectron2", "gs_d2"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has called default_setup
+                setup_logger(distributed_rank=comm.get_rank(), name=name)
         check_training(cfg)
         cfg = _with_seed(self.auto_scale_workers(cfg, comm.get_world_size()))
         model = self.build_model(cfg)
@@ -115,6 +121,10 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            _logger.warning(
+                "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum begins anew"
+            )
 
 
 def _with_seed(cfg):
@@ -125,7 +135,7 @@ def _with_seed(cfg):
     cfg.defrost()
     cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
-    logging.getLogger(__name__).info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
+    _logger.info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
     return cfg
 
 

@@ -17,15 +17,17 @@ def as_rgb(image) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, damaged, or of more pixels than Pillow's limit against decompression bombs
-            (2 * PIL.Image.MAX_IMAGE_PIXELS, by default 178,956,970); names the path. Or an array of another type or
-            shape, an image without pixels, or one whose pixels are floats.
+        ValueError: the file is no image, damaged, PostScript (a program, which Pillow would run), or has more pixels
+            than Pillow's limit against decompression bombs (2 * PIL.Image.MAX_IMAGE_PIXELS, by default 178,956,970);
+            names the path. Or an array of another type or shape, an image without pixels, or one whose pixels are
+            floats.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"image must be uint8 [H, W, 3] (RGB) and not empty, got {image.dtype} {image.shape}")
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
+        _refuse_programs(image)
         return _to_rgb(image)
     if not isinstance(image, (str, os.PathLike)):
         raise ValueError(f"image must be a path, a PIL image or a numpy array, got {type(image).__name__}")
@@ -38,6 +40,7 @@ def as_rgb(image) -> Image.Image:
         raise ValueError(f"{path}: cannot be read as an image (the file is empty)")
     try:
         with Image.open(path) as file:
+            _refuse_programs(file)
             file.load()
             _turn_upright(file)
             return _to_rgb(file)
@@ -47,6 +50,12 @@ def as_rgb(image) -> Image.Image:
         ) from error
     except Exception as error:  # of a broken file Pillow's decoders raise nearly anything
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _refuse_programs(image: Image.Image) -> None:
+    """Pillow starts Ghostscript on PostScript, whatever the file's name, but only when pixels are asked for."""
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, not a picture: convert it yourself if you trust it")
 
 
 def _turn_upright(file: Image.Image) -> None:

@@ -52,6 +52,7 @@ class FaceDetector:
             raise ValueError(f"confidence_threshold must be in [0, 1], got {confidence_threshold}")
         cfg = load_config(cfg, opts)
         cfg.TEST.GS.SCORE_THRESH = float(confidence_threshold)
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = float(confidence_threshold)  # what RetinaNet has for it
         cfg.MODEL.DEVICE = _device(device, cfg.MODEL.DEVICE)
         weights = os.fspath(weights or cfg.MODEL.WEIGHTS)
         if not weights:

@@ -1,10 +1,10 @@
-"""Non-maximum suppression whose memory does not grow with the number of boxes."""
+"""Non-maximum suppression whose memory grows with the number of boxes kept, not of those looked at."""
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-_CHUNK = 8192  # torchvision's CUDA kernel takes n^2 / 8 bytes: 8 MB, where 400,000 boxes at once would take 20 GB
+_CHUNK = 8192  # torchvision's CUDA kernel takes n^2 / 8 bytes: 8 MB of a chunk, where 400,000 boxes would take 20 GB
 
 
 def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int, classes: Tensor | None = None) -> Tensor:

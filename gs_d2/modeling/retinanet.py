@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.rpn_heads import DilatedRPNHead
 
-_IGNORED_CLASS = -1  # of ignore regions on their way to label_anchors
-
 
 @META_ARCH_REGISTRY.register()
 class GroupSamplingRetinaNet(RetinaNet):
@@ -41,6 +39,10 @@ class GroupSamplingRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg):
         retinanet, keys, gs = super().from_config(cfg), cfg.MODEL.RETINANET, cfg.MODEL.GS
+        if gs.ANCHOR_STRIDES:
+            raise ValueError(
+                "GroupSamplingRetinaNet has every anchor at its map's own stride: set MODEL.GS.ANCHOR_STRIDES []"
+            )
         if gs.RETINANET_DILATED_HEAD:
             shapes = retinanet["backbone"].output_shape()
             arguments = DilatedRPNHead.from_config(cfg, [shapes[name] for name in keys.IN_FEATURES])
@@ -76,15 +78,16 @@ class GroupSamplingRetinaNet(RetinaNet):
         """
         Args:
             anchors: of each feature map.
-            gt_instances: with `gt_boxes` and `gt_classes`, -1 for regions to ignore.
+            gt_instances: with `gt_boxes` and `gt_classes`, and optionally `ignored` (list[bool], on the host so that
+                nothing waits for a GPU): regions to ignore, at the end.
 
         Returns:
             gt_labels (int64 Tensor[B, R]): the class, K for background, -1 for ignored anchors.
             gt_boxes (Tensor[B, R, 4]): the box matched to each anchor; anything where it is not positive.
         """
-        ignored = [x.gt_classes == _IGNORED_CLASS for x in gt_instances]
-        objects = [x[~rows] for x, rows in zip(gt_instances, ignored, strict=True)]
-        ignore_boxes = [x.gt_boxes[rows] for x, rows in zip(gt_instances, ignored, strict=True)]
+        counts = [x.ignored.count(False) if x.has("ignored") else len(x) for x in gt_instances]
+        objects = [x[:count] for x, count in zip(gt_instances, counts, strict=True)]
+        ignore_boxes = [x.gt_boxes[count:] for x, count in zip(gt_instances, counts, strict=True)]
         match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(
             Boxes.cat(anchors).tensor, [x.gt_boxes for x in objects], ignore_boxes
         )
@@ -130,10 +133,10 @@ def _with_ignore_boxes(image: dict) -> dict:
     """The image's dict with its `ignore_boxes` among its instances: Detectron2's RetinaNet passes nothing else on."""
     instances = image["instances"]
     ignore_boxes = image.get("ignore_boxes", Boxes(instances.gt_boxes.tensor[:0]))
-    classes = torch.full((len(ignore_boxes),), _IGNORED_CLASS).to(instances.gt_classes)
     merged = Instances(
         instances.image_size,
         gt_boxes=Boxes.cat([instances.gt_boxes, ignore_boxes]),
-        gt_classes=torch.cat([instances.gt_classes, classes]),
+        gt_classes=torch.cat([instances.gt_classes, instances.gt_classes.new_full((len(ignore_boxes),), -1)]),
     )
+    merged.ignored = [False] * len(instances) + [True] * len(ignore_boxes)
     return {**image, "instances": merged}

@@ -209,7 +209,7 @@ class GroupedHeads(nn.Module):
         """Of [S, 4 K] the four of each row's class (the first for background); [S, 4] as it is."""
         if values.shape[1] == 4:
             return values
-        return values.view(len(values), -1, 4)[
+        return values.view(len(values), values.shape[1] // 4, 4)[
             torch.arange(len(values), device=values.device), classes % self.num_classes
         ]
 

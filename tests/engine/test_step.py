@@ -64,6 +64,43 @@ def test_accumulated_batches_are_one_large_batch(tmp_path, steps):
     assert metrics["total_loss"] == pytest.approx(metrics["loss_a"] + metrics["loss_b"])
 
 
+def test_losses_of_one_element_or_their_sum_alone(tmp_path):
+    class Sum(Model):
+        def forward(self, batch):
+            return sum(super().forward(batch).values())
+
+    class Odd(Model):
+        def forward(self, batch):
+            losses = {name: loss.reshape(1) for name, loss in super().forward(batch).items()}
+            return losses if batch[0]["x"][0] < 1 else dict(reversed(losses.items()))
+
+    images = [[image(0.0)], [image(1.0)]]
+    _, metrics = run(trainer_of(images, tmp_path, accumulation_steps=2), 1)
+    _, of_sum = run(trainer_of(images, tmp_path, Sum(), accumulation_steps=2), 1)
+    _, of_odd = run(trainer_of(images, tmp_path, Odd(), accumulation_steps=2), 1)
+    assert of_sum["total_loss"] == pytest.approx(metrics["total_loss"]) and "loss_a" not in of_sum
+    assert [of_odd[name] for name in ("loss_a", "loss_b")] == [metrics[name] for name in ("loss_a", "loss_b")]
+
+
+def test_losses_that_differ_between_passes_are_refused(tmp_path):
+    class Other(Model):
+        def forward(self, batch):
+            losses = super().forward(batch)
+            return losses if batch[0]["x"][0] < 1 else {"loss_c": losses["loss_a"]}
+
+    with pytest.raises(ValueError, match="the model's losses differ between the passes"):
+        run(trainer_of([[image(0.0)], [image(1.0)]], tmp_path, Other(), accumulation_steps=2), 1)
+
+
+def test_skipped_steps_are_counted_across_a_resume(tmp_path):
+    trainer = trainer_of([[BAD]] * 3, tmp_path, nonfinite_loss="skip")
+    run(trainer, 2)
+    resumed = trainer_of([[BAD]] * 2, tmp_path, nonfinite_loss="skip")
+    resumed.load_state_dict(trainer.state_dict())
+    _, metrics = run(resumed, 1, first=2)
+    assert metrics["skipped_steps"] == 3
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_leaves_its_batch(tmp_path, number):
     bad = [image(number, "bad.jpg"), image(1.0, "beside.jpg")]

@@ -1,5 +1,6 @@
 """The stream of training images: which, in which order, with which random numbers; from any iteration on."""
 
+import pickle
 import random
 
 import numpy as np
@@ -63,6 +64,9 @@ def test_processes_share_one_stream(monkeypatch):
         found[rank] = [pair for pair, _ in zip(SeededSampler(7, 3, first=5), range(4), strict=False)]
     assert [found[i % 3][i // 3] for i in range(12)] == expected
     assert [place for place, _ in expected] == list(range(5, 17))
+    second = pickle.dumps(SeededSampler(7, 3, first=5))  # as rank 2 of 3
+    monkeypatch.undo()  # a loader worker that was not forked knows no group
+    assert [pair for pair, _ in zip(pickle.loads(second), range(4), strict=False)] == found[2]
 
 
 def test_generators_depend_on_all_of_the_place():

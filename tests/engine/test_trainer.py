@@ -1,6 +1,7 @@
 """Trainer: settings of the solver that are refused, and what of it others may replace."""
 
 import pytest
+from detectron2.evaluation import DatasetEvaluator
 from runs import small_config
 
 from gs_d2.config import check_training
@@ -17,6 +18,12 @@ from gs_d2.engine import Trainer
             ("SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cuda", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"),
             r"SOLVER\.AMP\.ENABLED trains in float16 and MODEL\.GS\.AUTOCAST_DTYPE bfloat16 in bfloat16",
         ),
+        (("MODEL.GS.AUTOCAST_DTYPE", "float16"), r"AUTOCAST_DTYPE float16 trains without scaling the loss"),
+        (
+            ("MODEL.META_ARCHITECTURE", "GroupSamplingRetinaNet", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"),
+            r"does nothing in",
+        ),
+        (("SOLVER.IMS_PER_BATCH", 0), r"SOLVER\.IMS_PER_BATCH must be a multiple of the 1 processes, got 0"),
         (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), r"set it to TrainingSampler"),
     ],
 )
@@ -30,6 +37,41 @@ def test_amp_with_the_same_format_at_test_is_no_contradiction(drawn_datasets, tm
     opts = ("SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cuda", "MODEL.GS.AUTOCAST_DTYPE")
     for dtype in ("float16", ""):
         check_training(small_config(drawn_datasets, tmp_path, *opts, dtype))
+
+
+def test_a_checkpoint_without_the_optimizer_is_resumed_with_a_warning(drawn_datasets, tmp_path, caplog):
+    trainer = Trainer(small_config(drawn_datasets, tmp_path))
+    with caplog.at_level("WARNING", logger="gs_d2"):
+        trainer.load_state_dict({"iteration": 3})
+    assert trainer.iter == 3 and "momentum begins anew" in caplog.text
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_training_goes_on_after_an_evaluation(drawn_datasets, tmp_path, pyramid):
+    """In training mode, that is: AccumulatingTrainer raises otherwise."""
+    seen = []
+
+    class Own(Trainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return super().test(cfg, model, [Sees(model, seen)])
+
+    opts = ("TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "TEST.GS.PYRAMID", pyramid)
+    cfg = small_config(drawn_datasets, tmp_path, *opts, "TEST.GS.SCALES", [1.0], "INPUT.MIN_SIZE_TEST", 0)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    trainer = Own(cfg)
+    trainer.train()
+    assert trainer.iter == 3 and len(seen) > 2 and not any(seen)
+
+
+class Sees(DatasetEvaluator):
+    """Whether the model trains while it is evaluated."""
+
+    def __init__(self, model, seen):
+        self._model, self._seen = model, seen
+
+    def process(self, inputs, outputs):
+        self._seen.append(self._model.training)
 
 
 def test_any_iterable_can_be_the_train_loader(drawn_datasets, tmp_path):

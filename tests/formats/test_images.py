@@ -1,5 +1,6 @@
 """Pictures of any kind become RGB, or are refused with their name."""
 
+import contextlib
 import os
 import struct
 import zlib
@@ -111,6 +112,25 @@ BAD = {  # name -> (what makes the file, what the message says)
     "link to itself": (link_to_itself, "no such image"),
     "missing": (lambda p: None, "no such image"),
 }
+
+
+def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
+    """Pillow starts Ghostscript for what is PostScript by content, whatever its name."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for once, then remembered
+    path = tmp_path / "a.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match=r"a\.jpg: .*PostScript is a program"):
+        as_rgb(path)
+    with Image.open(path) as file, pytest.raises(ValueError, match="PostScript is a program"):
+        as_rgb(file)
+    assert not (tmp_path / "ran").exists()
+    with Image.open(path) as file, contextlib.suppress(Exception):
+        file.load()
+    assert (tmp_path / "ran").exists(), "Pillow would have run nothing: this test shows nothing"
 
 
 @pytest.mark.parametrize("name", BAD)
