@@ -81,7 +81,7 @@ class AccumulatingTrainer(TrainerBase):
             self._handle_nonfinite(batches, of_ranks)
             return
         self._skipped_in_a_row = 0
-        _write_metrics(of_ranks, max(seconds for _, seconds in everyone))
+        _write_metrics(of_ranks, max(seconds for _, seconds in everyone), data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -173,10 +173,11 @@ def _mean_losses(passes: list[dict]) -> dict:
     return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
 
 
-def _write_metrics(of_ranks: list[dict], data_time: float):
+def _write_metrics(of_ranks: list[dict], data_time: float, own_data_time: float):
+    storage = get_event_storage()
+    storage.put_scalar("rank_data_time", own_data_time)  # as Detectron2 main does: to see which process is slow
     if not comm.is_main_process():
         return
-    storage = get_event_storage()
     means = {name: sum(losses[name] for losses in of_ranks) / len(of_ranks) for name in of_ranks[0]}
     storage.put_scalar("data_time", data_time)  # the slowest process's, for which the others wait
     storage.put_scalar("total_loss", sum(means.values()))

@@ -73,6 +73,11 @@ class GroupSamplingRetinaNet(RetinaNet):
             batched_inputs = [_with_ignore_boxes(x) for x in batched_inputs]
         return super().forward(batched_inputs)
 
+    def visualize_training(self, batched_inputs: list[dict], results: list[Instances]):
+        """As Detectron2's (VIS_PERIOD, where its version has that), without regions to ignore among the objects."""
+        objects = [{**x, "instances": x["instances"][: x["instances"].ignored.count(False)]} for x in batched_inputs]
+        super().visualize_training(objects, results)
+
     @torch.no_grad()
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
         """

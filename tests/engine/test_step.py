@@ -51,6 +51,12 @@ def run(trainer, iterations, first=0):
     return weights, {name: value for name, (value, _) in storage.latest().items()}
 
 
+def test_batches_can_be_taken_by_detectron2s_name(tmp_path):
+    """Overrides of run_step call next(self._data_loader_iter)."""
+    trainer = trainer_of([["first"], ["second"]], tmp_path)
+    assert [next(trainer._data_loader_iter), next(trainer._data_loader_iter)] == [["first"], ["second"]]
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_accumulated_batches_are_one_large_batch(tmp_path, steps):
     images = [image(float(i)) for i in range(4 * steps)]
@@ -105,7 +111,8 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_leaves_its_batch(tmp_path, number):
     bad = [image(number, "bad.jpg"), image(1.0, "beside.jpg")]
     trainer = trainer_of([[image(1.0)], bad], tmp_path)
-    (before,), _ = run(trainer, 1, first=6)
+    (before,), metrics = run(trainer, 1, first=6)
+    assert {"data_time", "rank_data_time", "total_loss"} <= set(metrics)
     with pytest.raises(FloatingPointError) as error:
         run(trainer, 1, first=7)
     path = tmp_path / "nonfinite_7_rank0.pth"

@@ -1,5 +1,7 @@
 """Trainer: settings of the solver that are refused, and what of it others may replace."""
 
+import logging
+
 import pytest
 from detectron2.evaluation import DatasetEvaluator
 from runs import small_config
@@ -44,6 +46,22 @@ def test_a_checkpoint_without_the_optimizer_is_resumed_with_a_warning(drawn_data
     with caplog.at_level("WARNING", logger="gs_d2"):
         trainer.load_state_dict({"iteration": 3})
     assert trainer.iter == 3 and "momentum begins anew" in caplog.text
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_what_nobody_has_set_up_to_be_logged_is(drawn_datasets, tmp_path, monkeypatch, level):
+    """Whoever uses Trainer without default_setup sees its losses, and who has set loggers up keeps them."""
+    names = []
+    monkeypatch.setattr("gs_d2.engine.trainer.setup_logger", lambda distributed_rank, name: names.append(name))
+    before = {name: logging.getLogger(name).level for name in ("detectron2", "gs_d2")}
+    try:
+        for name in before:
+            logging.getLogger(name).setLevel(level)
+        Trainer(small_config(drawn_datasets, tmp_path))
+    finally:
+        for name, of_logger in before.items():
+            logging.getLogger(name).setLevel(of_logger)
+    assert names == (["detectron2", "gs_d2"] if level == logging.WARNING else [])
 
 
 @pytest.mark.parametrize("pyramid", [False, True])

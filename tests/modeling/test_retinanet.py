@@ -238,3 +238,20 @@ def test_num_octaves(sizes, number):
 def test_sizes_without_equal_octaves_are_refused(sizes):
     with pytest.raises(ValueError, match="needs rising anchor sizes, the same number in every octave"):
         num_octaves(sizes)
+
+
+def test_training_pictures_do_not_show_ignore_regions_as_objects(monkeypatch):
+    """What Detectron2 is given to draw: drawing itself needs OpenCV, and main has no iteration that asks for it."""
+    drawn = []
+    monkeypatch.setattr(RetinaNet, "visualize_training", lambda self, inputs, results: drawn.append(inputs))
+    seen = []
+    forward = RetinaNet.forward
+    monkeypatch.setattr(RetinaNet, "forward", lambda self, inputs: seen.append(inputs) or forward(self, inputs))
+    model = build("retinanet_sampling").train()
+    crowd = Boxes(torch.tensor([[64.0, 64, 128, 128]]))
+    image = {"image": torch.zeros(3, 128, 128, dtype=torch.uint8), "instances": OBJECTS[0], "ignore_boxes": crowd}
+    with EventStorage(0):
+        model([image])
+    model.visualize_training(seen[0], [None])
+    assert len(seen[0][0]["instances"]) == len(OBJECTS[0]) + 1
+    assert torch.equal(drawn[0][0]["instances"].gt_boxes.tensor, OBJECTS[0].gt_boxes.tensor)
