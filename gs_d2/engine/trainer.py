@@ -4,9 +4,12 @@ import logging
 import os
 import weakref
 
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import COCOEvaluator
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -79,6 +82,22 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """Detectron2's SGD, or AdamW (SOLVER.GS.OPTIMIZER) with the same groups of parameters and gradient clipping."""
+        if cfg.SOLVER.GS.OPTIMIZER == "sgd":
+            return super().build_optimizer(cfg, model)
+        parameters = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = torch.optim.AdamW(parameters, cfg.SOLVER.BASE_LR, betas=(cfg.SOLVER.MOMENTUM, 0.999))
+        return maybe_add_gradient_clipping(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg):
