@@ -43,6 +43,8 @@ class GroupLoss:
     ):
         if not 0 < ohem_nms_thresh <= 1:
             raise ValueError(f"OHEM_NMS_THRESH must be in (0, 1], got {ohem_nms_thresh}")
+        if not group_scales:
+            raise ValueError("group_scales must have at least one scale")
         if sampler.num_groups not in (1, len(group_scales)):
             raise ValueError(
                 f"sampler must have 1 group or as many as group_scales ({len(group_scales)}), got {sampler.num_groups}"
@@ -59,7 +61,7 @@ class GroupLoss:
         cls,
         cfg,
         gs,
-        group_scales,
+        scales,
         *,
         iou_thresholds,
         iou_labels=(0, -1, 1),
@@ -70,18 +72,21 @@ class GroupLoss:
     ):
         """
         Args:
-            gs: the stage's keys GROUP_SAMPLING, SAMPLER and CLS_LOSS_TYPE: MODEL.GS or MODEL.GS.ROI.
-            group_scales: as the class's.
+            gs: the stage's keys GROUP_SCALES, GROUP_SAMPLING, SAMPLER and CLS_LOSS_TYPE: MODEL.GS or MODEL.GS.ROI.
+            scales: of the stage's anchors, or its reference scales, in pixels: the groups, unless GROUP_SCALES names
+                others. Regions to ignore are enlarged to the smallest.
             iou_thresholds, iou_labels, batch_size_per_image, positive_fraction: the stage's Detectron2 keys of these
                 names.
             criterion: what of :class:`GroupCriterion` is the stage's own.
         """
+        group_scales = list(gs.GROUP_SCALES) or list(scales)
         return cls(
             matcher=TwoPassMatcher(
                 iou_thresholds,
                 iou_labels,
                 second_pass=cfg.MODEL.GS.SECOND_PASS,
                 ignore_thresh=cfg.MODEL.GS.IGNORE_THRESH,
+                min_ignore_size=min(scales, default=0),
             ),
             sampler=GroupSampler(
                 len(group_scales) if gs.GROUP_SAMPLING else 1, batch_size_per_image, positive_fraction, gs.SAMPLER

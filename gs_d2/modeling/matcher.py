@@ -17,9 +17,14 @@ class TwoPassMatcher:
         labels (list[int]): what the three ranges are called; only [0, -1, 1] is two-pass matching.
         second_pass: "best", "all" or "none"; see :func:`gs_d2.ops.two_pass_match`.
         ignore_thresh (float): see :func:`gs_d2.ops.two_pass_match`.
+        min_ignore_size (float): regions to ignore are enlarged to this size, in pixels, before matching
+            (:func:`enlarge_regions`): the scale of the smallest anchor, which nothing smaller could ever fill. 0 leaves
+            them as they are.
     """
 
-    def __init__(self, thresholds, labels=(0, -1, 1), *, second_pass="best", ignore_thresh=0.5):
+    def __init__(
+        self, thresholds, labels=(0, -1, 1), *, second_pass="best", ignore_thresh=0.5, min_ignore_size: float = 0.0
+    ):
         if len(thresholds) != 2 or not 0 < thresholds[0] <= thresholds[1] <= 1:
             raise ValueError(f"thresholds must be [low, high] with 0 < low <= high <= 1, got {list(thresholds)}")
         if list(labels) != [0, -1, 1]:
@@ -28,18 +33,26 @@ class TwoPassMatcher:
             raise ValueError(f"second_pass must be best, all or none, got {second_pass!r}")
         self.low, self.high = (float(threshold) for threshold in thresholds)
         self.second_pass = second_pass
+        if min_ignore_size < 0:
+            raise ValueError(f"min_ignore_size must be at least 0, got {min_ignore_size}")
         self.ignore_thresh = ignore_thresh
+        self.min_ignore_size = float(min_ignore_size)
 
-    def match(self, gt_boxes: Tensor, anchors: Tensor, **images_and_ignores) -> ops.TwoPassMatch:
+    def match(
+        self, gt_boxes: Tensor, anchors: Tensor, *, ignore_boxes: Tensor | None = None, **offsets
+    ) -> ops.TwoPassMatch:
         """:func:`gs_d2.ops.two_pass_match` with this matcher's settings; no M x N matrix is made."""
+        if ignore_boxes is not None:
+            ignore_boxes = enlarge_regions(ignore_boxes, self.min_ignore_size)
         return ops.two_pass_match(
             gt_boxes,
             anchors,
             low=self.low,
             high=self.high,
             second_pass=self.second_pass,
+            ignore_boxes=ignore_boxes,
             ignore_thresh=self.ignore_thresh,
-            **images_and_ignores,
+            **offsets,
         )
 
     @torch.no_grad()
@@ -101,6 +114,29 @@ class TwoPassMatcher:
             candidates &= idxs == first[matches]
         match_labels[candidates] = 1
         return matches, match_labels
+
+
+def enlarge_regions(boxes: Tensor, size: float) -> Tensor:
+    """Regions to ignore, enlarged about their centres so that the nearest anchors of scale `size` lie in them by half.
+
+    A side shorter than `size` gets that length; beside a side of at least twice `size` it gets three quarters of it,
+    because a strip as wide as `size` would also be half of an anchor of twice the scale. So, at the default
+    IGNORE_THRESH of 0.5, a region is half of each square anchor of that scale whose centre is within a quarter of
+    `size` of its own in x and y (the nearest one is, up to a stride of half of `size`), and enlarging alone makes it
+    half of no anchor of twice the scale or more.
+
+    Args:
+        boxes (Tensor[K, 4]): XYXY, in pixels. One without area, or with NaN, stays as it is: it matches nothing.
+        size (float): in pixels, at least 0.
+
+    Returns:
+        Tensor[K, 4]
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    least = torch.where(sides.amax(dim=1, keepdim=True) < 2 * size, size, 0.75 * size)
+    grown = (least - sides).clamp(min=0) / 2
+    enlarged = torch.cat([boxes[:, :2] - grown, boxes[:, 2:] + grown], dim=1)
+    return torch.where((sides > 0).all(dim=1, keepdim=True), enlarged, boxes)
 
 
 def _concatenate(boxes: list[Boxes], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class GroupSamplingRetinaNet(RetinaNet):
             "group_loss": GroupLoss.from_config(
                 cfg,
                 gs,
-                list(gs.GROUP_SCALES) or anchor_scales,
+                anchor_scales,
                 iou_thresholds=keys.IOU_THRESHOLDS,
                 iou_labels=keys.IOU_LABELS,
                 batch_size_per_image=cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE,

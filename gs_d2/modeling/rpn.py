@@ -89,7 +89,7 @@ class GroupSamplingRPN(torch.nn.Module):
             "group_loss": GroupLoss.from_config(
                 cfg,
                 gs,
-                list(gs.GROUP_SCALES) or anchor_generator.scales,
+                anchor_generator.scales,
                 iou_thresholds=rpn.IOU_THRESHOLDS,
                 iou_labels=rpn.IOU_LABELS,
                 batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,

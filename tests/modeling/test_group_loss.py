@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_proposal_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
+from gs_d2.config import add_gs_config
 from gs_d2.modeling import GroupLoss, GroupSampler, TwoPassMatcher
 from gs_d2.modeling.criterion import CLS_LOSS_TYPES, GroupCriterion
 
@@ -83,3 +87,27 @@ def test_errors():
         build(ohem_nms_thresh=1.5)
     with pytest.raises(ValueError, match=r"sampler must have 1 group or as many as group_scales \(2\), got 4"):
         build(num_groups=4)
+    with pytest.raises(ValueError, match="group_scales must have at least one scale"):
+        GroupLoss(
+            matcher=TwoPassMatcher([0.4, 0.6]),
+            sampler=GroupSampler(1, 64),
+            criterion=GroupCriterion(TRANSFORM),
+            group_scales=[],
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "tiny", "smallest"),
+    [("wider/fpn_finest_sampling", 6, 16), ("wider/fpn_finest_s32", 6, 32), ("coco/fpn_finest_sampling", 12, 32)],
+)
+def test_tiny_regions_ignore_the_smallest_anchors_of_the_config(config, tiny, smallest):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file(f"configs/{config}.yaml")
+    shapes = {name: ShapeSpec(channels=8, stride=4) for name in cfg.MODEL.RPN.IN_FEATURES}
+    rpn = build_proposal_generator(cfg, shapes)
+    anchors = Boxes.cat(rpn.anchor_generator([torch.zeros(1, 1, 40, 40)])).tensor
+    region = Boxes(torch.tensor([[79.0, 79, 79 + tiny, 79 + tiny]]))
+    labels, _, _ = rpn.group_loss.match(anchors, [Boxes(torch.zeros(0, 4))], [region])
+    ignored = Boxes(anchors[labels[0] == -1]).area().sqrt().round()
+    assert len(ignored) >= 4 and set(ignored.tolist()) == {smallest}

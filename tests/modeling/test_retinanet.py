@@ -171,6 +171,16 @@ def test_anchors_in_ignore_regions_cost_nothing():
     assert len(image["instances"]) == 2, "the mapper's instances are left alone"
 
 
+def test_a_crowd_smaller_than_the_smallest_anchor_ignores_those_near_it():
+    model = build("retinanet_sampling")
+    anchors = model.anchor_generator(feature_maps(num_images=1))
+    (instances,) = objects([[60.0, 60, 66, 65, -1]])
+    instances.ignored = [True]
+    labels, _ = model.label_anchors(anchors, [instances])
+    ignored = Boxes.cat(anchors).area().sqrt()[labels[0] == -1]
+    assert len(ignored) >= 12 and ignored.max() < 64, "of every ratio, and of no larger octave"
+
+
 @pytest.mark.parametrize("name", ["retinanet_sampling", "retinanet_sampling_wrs", "retinanet_p3_dc_sampling_ohem"])
 def test_n_per_group_at_1_to_3_on_real_annotations(name, shared_data):
     """Paper, section 4.2: every group has N samples, a quarter positive, shortages filled with negatives."""
