@@ -103,10 +103,14 @@ class GroupLoss:
         )
 
     def match(
-        self, boxes: Tensor, gt_boxes: list[Boxes], ignore_boxes: list[Boxes] | None = None
+        self,
+        boxes: Tensor,
+        gt_boxes: list[Boxes],
+        ignore_boxes: list[Boxes] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`TwoPassMatcher.match_images`: match_labels, matched_gt_idxs, all_gt_boxes."""
-        return self.matcher.match_images(boxes, gt_boxes, ignore_boxes)
+        return self.matcher.match_images(boxes, gt_boxes, ignore_boxes, image_sizes)
 
     def group(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Of each of Tensor[..., 4] the index of its scale in `group_scales`, and the group it is sampled in: int64.

@@ -57,13 +57,19 @@ class TwoPassMatcher:
 
     @torch.no_grad()
     def match_images(
-        self, anchors: Tensor, gt_boxes: list[Boxes], ignore_boxes: list[Boxes] | None = None
+        self,
+        anchors: Tensor,
+        gt_boxes: list[Boxes],
+        ignore_boxes: list[Boxes] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Matches a batch in one call.
 
         Args:
             anchors (Tensor[R, 4] or [B, R, 4]): shared by all images, or of each.
             gt_boxes, ignore_boxes: boxes of each image; any number, none included.
+            image_sizes: (height, width) of each image before padding. A label-0 anchor whose centre is not in
+                [0, width) x [0, height) becomes -1. None: no anchor is on padding.
 
         Returns:
             match_labels (int8 Tensor[B, R]): 1, 0 or -1.
@@ -76,6 +82,8 @@ class TwoPassMatcher:
         if ignore_boxes is not None:
             ignores["ignore_boxes"], ignores["ignore_offsets"] = _concatenate(ignore_boxes, anchors)
         matched_idxs, match_labels, _ = self.match(all_gts, anchors, gt_offsets=gt_offsets, **ignores)
+        if image_sizes is not None:
+            match_labels.masked_fill_((match_labels == 0) & _centre_outside(anchors, image_sizes), -1)
         return match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1))
 
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +150,19 @@ def enlarge_regions(boxes: Tensor, size: float) -> Tensor:
 def _concatenate(boxes: list[Boxes], like: Tensor) -> tuple[Tensor, Tensor]:
     """All boxes [M, 4] one after another, and where each image's begin: int64 [B + 1]."""
     offsets = torch.tensor([0] + [len(x) for x in boxes]).cumsum(0)
-    if like.is_cuda:
-        offsets = offsets.pin_memory()
-    return torch.cat([x.tensor for x in boxes]), offsets.to(like.device, non_blocking=True)
+    return torch.cat([x.tensor for x in boxes]), _without_waiting(offsets, like.device)
+
+
+def _centre_outside(anchors: Tensor, image_sizes: list[tuple[int, int]]) -> Tensor:
+    """Which of anchors [R, 4] or [B, R, 4] have their centre outside of an image of that (height, width): [B, R]."""
+    widths_heights = torch.tensor([(width, height) for height, width in image_sizes], dtype=anchors.dtype)
+    widths_heights = _without_waiting(widths_heights, anchors.device)[:, None]
+    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
+    return ((centres < 0) | (centres >= widths_heights)).any(dim=-1)
+
+
+def _without_waiting(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host, copied to a device that the host does not wait for."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

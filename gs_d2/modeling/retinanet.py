@@ -84,7 +84,8 @@ class GroupSamplingRetinaNet(RetinaNet):
         Args:
             anchors: of each feature map.
             gt_instances: with `gt_boxes` and `gt_classes`, and optionally `ignored` (list[bool], on the host so that
-                nothing waits for a GPU): regions to ignore, at the end.
+                nothing waits for a GPU): regions to ignore, at the end. Beyond their `image_size` is padding, where no
+                anchor is a negative.
 
         Returns:
             gt_labels (int64 Tensor[B, R]): the class, K for background, -1 for ignored anchors.
@@ -94,7 +95,10 @@ class GroupSamplingRetinaNet(RetinaNet):
         objects = [x[:count] for x, count in zip(gt_instances, counts, strict=True)]
         ignore_boxes = [x.gt_boxes[count:] for x, count in zip(gt_instances, counts, strict=True)]
         match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(
-            Boxes.cat(anchors).tensor, [x.gt_boxes for x in objects], ignore_boxes
+            Boxes.cat(anchors).tensor,
+            [x.gt_boxes for x in objects],
+            ignore_boxes,
+            [x.image_size for x in objects],
         )
         gt_classes = F.pad(torch.cat([x.gt_classes for x in objects]), (0, 1))
         gt_labels = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)

@@ -103,3 +103,30 @@ def test_a_region_without_area_ignores_nothing():
     torch.testing.assert_close(enlarge_regions(boxes, 16), boxes, rtol=0, atol=0, equal_nan=True)
     matcher = TwoPassMatcher([0.4, 0.6], min_ignore_size=16)
     assert (matcher.match(boxes[:0], torch.tensor([[2.0, 2, 18, 18]]), ignore_boxes=boxes).match_labels == 0).all()
+
+
+@pytest.mark.parametrize("own_anchors", [False, True], ids=["shared", "of each image"])
+def test_negatives_on_padding_are_ignored_and_positives_are_not(own_anchors, device):
+    """Anchor by anchor, against the labels without padding."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(96, 96), (40, 70), (96, 1), (33, 96)]
+    anchors = ScaleStrideAnchorGenerator(sizes=[[16, 32]], aspect_ratios=[[1.0]], feature_strides=[4])
+    (anchors,) = anchors([torch.zeros(1, 1, 24, 24)])
+    # The second image's face is clipped at its border, and large enough for an anchor centred beyond it.
+    faces = [[40.0, 30, 58, 46], [60, 10, 70, 26], [200, 200, 230, 230], [10, 5, 40, 33]]
+    shift = torch.randint(-3, 4, (len(sizes), 1, 4), generator=generator).float() if own_anchors else torch.zeros(4)
+    boxes = (anchors.tensor + shift).to(device)
+    arguments = boxes, [Boxes(torch.tensor([face], device=device)) for face in faces], None
+    matcher = TwoPassMatcher([0.3, 0.4])
+    without, idxs, gts = matcher.match_images(*arguments)
+    labels, same_idxs, same_gts = matcher.match_images(*arguments, sizes)
+    assert torch.equal(idxs, same_idxs) and torch.equal(gts, same_gts)
+    seen = set()
+    for b, (height, width) in enumerate(sizes):
+        for i in range(len(anchors)):
+            x1, y1, x2, y2 = (boxes[b, i] if own_anchors else boxes[i]).tolist()
+            inside = 0 <= (x1 + x2) / 2 < width and 0 <= (y1 + y2) / 2 < height
+            expected = -1 if without[b, i] == 0 and not inside else int(without[b, i])
+            assert int(labels[b, i]) == expected
+            seen.add((inside, expected))
+    assert {(True, 0), (False, -1), (True, 1), (False, 1)} <= seen

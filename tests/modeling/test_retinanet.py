@@ -265,3 +265,20 @@ def test_training_pictures_do_not_show_ignore_regions_as_objects(monkeypatch):
     model.visualize_training(seen[0], [None])
     assert len(seen[0][0]["instances"]) == len(OBJECTS[0]) + 1
     assert torch.equal(drawn[0][0]["instances"].gt_boxes.tensor, OBJECTS[0].gt_boxes.tensor)
+
+
+def test_anchors_on_padding_are_no_negatives():
+    """The second image has 60 x 48 pixels of the batch's 128 x 128."""
+    model = build("retinanet_sampling").train()
+    seen = {}
+    label_anchors = model.label_anchors
+    model.label_anchors = lambda anchors, instances: seen.setdefault("labels", label_anchors(anchors, instances))
+    small = Instances((48, 60), gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 40]])), gt_classes=torch.tensor([1]))
+    small = {"image": torch.zeros(3, 48, 60), "instances": small}
+    with EventStorage():
+        model([{"image": torch.zeros(3, 128, 128), "instances": OBJECTS[0]}, small])
+    centres = Boxes.cat(model.anchor_generator(feature_maps())).get_centers()
+    beyond = (centres[:, 0] >= 60) | (centres[:, 1] >= 48)
+    labels = seen["labels"][0]
+    assert (labels[0, beyond] == K).any() and (labels[1, ~beyond] == K).any()
+    assert not (labels[1, beyond] == K).any()

@@ -272,3 +272,20 @@ def test_groups_of_other_scales():
     """RetinaNet-like: three scales per octave fall into the nearest group."""
     scales = torch.tensor([32.0, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3), 64])
     assert group_by_scale(scales, [32, 64, 128, 256]).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "none"])
+def test_anchors_on_padding_are_no_negatives(method):
+    """A batch of images of two sizes: none of the small one's samples is centred beyond it."""
+    rpn = build(sampler=GroupSampler(4, 64, method=method))
+    images, features, instances = inputs()
+    images.image_sizes = [(128, 128), (48, 60)]
+    seen = []
+    draw = rpn.group_loss.draw
+    rpn.group_loss.draw = lambda *arguments: seen.append(draw(*arguments)) or seen[-1]
+    with EventStorage():
+        rpn(images, features, instances, with_proposals=False)
+    centres = rpn.anchor_generator([features["p2"]])[0].get_centers()
+    beyond = (centres[:, 0] >= 60) | (centres[:, 1] >= 48)
+    assert (seen[0][0, beyond] == 0).any() and (seen[0][1, ~beyond] == 0).any()
+    assert not (seen[0][1, beyond] == 0).any()
