@@ -120,12 +120,18 @@ class GroupLoss:
         scale_idxs = group_by_scale((boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).sqrt(), self.group_scales)
         return scale_idxs, scale_idxs if self.sampler.num_groups > 1 else torch.zeros_like(scale_idxs)
 
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the draw depends on the losses: unless the sampler says that it does not, it does."""
+        return getattr(self.sampler, "needs_losses", True)
+
     def draw(self, match_labels: Tensor, group_idxs: Tensor, cls_losses: Tensor, boxes: Callable[[], Tensor]) -> Tensor:
         """Which boxes are trained on.
 
         Args:
             match_labels (int8 Tensor[B, R]), group_idxs (int64 Tensor[R] or [B, R])
-            cls_losses (Tensor[B, R]): looked at where the sampler goes by losses.
+            cls_losses (Tensor[B, R]): looked at where the sampler goes by losses, as :func:`gs_d2.ops.group_subsample`
+                does: infinity is the hardest sample, NaN the easiest.
             boxes: gives the boxes [B, R, 4] that OHEM's pruning compares; called only if there is any.
 
         Returns:
@@ -160,31 +166,41 @@ class GroupLoss:
         self,
         anchors: Tensor,
         matches: tuple[Tensor, Tensor, Tensor],
-        cls_losses: Tensor,
+        pred_logits: Tensor,
         pred_deltas: Tensor,
+        cross_entropy: Callable[[Tensor], Tensor],
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 2 for predictions of every anchor: the sum over groups of the mean losses of the samples drawn from each,
         averaged over images.
 
+        Only samples reach the losses and their gradients: what is predicted for an anchor that is not drawn may be
+        infinite or NaN.
+
         Args:
             anchors (Tensor[R, 4])
             matches: what :meth:`match` returns for them.
-            cls_losses (Tensor[B, R], or [B, R, K] if each class has a cross entropy of its own): of every anchor.
-            pred_deltas (Tensor[B, R, 4])
-            targets (bool Tensor[B, R, K]): which of `cls_losses` are of a class that is present; only for [B, R, K].
+            pred_logits (Tensor[B, R, C]), pred_deltas (Tensor[B, R, 4])
+            cross_entropy: of logits [B, R, C] the losses [B, R], or [B, R, K] if each class has a cross entropy of its
+                own.
+            targets (bool Tensor[B, R, K]): which classes are present; only for losses [B, R, K].
 
         Returns:
             The classification and the regression term, scalars.
         """
         match_labels, matched_gt_idxs, all_gt_boxes = matches
         num_images, num_anchors = match_labels.shape
-        anchor_losses = cls_losses if targets is None else cls_losses.sum(dim=-1)
         scale_idxs, group_idxs = self.group(anchors)
+        all_losses = pred_logits.new_zeros(num_images, num_anchors)
+        if self.needs_losses:
+            with torch.no_grad():
+                all_losses = _of_anchors(cross_entropy(pred_logits), targets)
         sampled_labels = self.draw(
-            match_labels, group_idxs, anchor_losses, lambda: self._decode(pred_deltas.detach(), anchors)
+            match_labels, group_idxs, all_losses, lambda: self._decode(pred_deltas.detach(), anchors)
         )
-        self.log(scale_idxs, match_labels, sampled_labels, anchor_losses)
+        # Of the logits, not of the losses: a weight of 0 would make NaN of an infinite loss, and of its gradient.
+        cls_losses = cross_entropy(torch.where((sampled_labels >= 0)[..., None], pred_logits, 0.0))
+        self.log(scale_idxs, match_labels, sampled_labels, _of_anchors(cls_losses, targets))
 
         group_idxs, counts = self.all_groups(group_idxs, num_images)
         group_idxs = group_idxs.flatten()
@@ -220,3 +236,8 @@ class GroupLoss:
             size = min(len(sampled_labels) * limit, len(positive))
             rows = torch.nonzero_static(positive, size=size, fill_value=-1)[:, 0]
         return rows.clamp(min=0), rows >= 0
+
+
+def _of_anchors(cls_losses: Tensor, targets: Tensor | None) -> Tensor:
+    """[B, R] of [B, R], or of [B, R, K] where there are targets."""
+    return cls_losses if targets is None else cls_losses.sum(dim=-1)

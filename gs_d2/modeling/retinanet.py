@@ -123,16 +123,19 @@ class GroupSamplingRetinaNet(RetinaNet):
             "loss_cls" and "loss_box_reg".
         """
         gt_labels, gt_boxes = torch.stack(list(gt_labels)), torch.stack(list(gt_boxes))
-        logits = torch.cat(pred_logits, dim=1).float()
         targets = gt_labels[..., None] == torch.arange(self.num_classes, device=gt_labels.device)
-        cls_losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
         match_labels = targets.any(dim=-1).to(torch.int8).masked_fill(gt_labels == -1, -1)
         rows = torch.arange(gt_labels.numel(), device=gt_labels.device).view_as(gt_labels)
+
+        def cross_entropy(logits):
+            return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+
         loss_cls, loss_box_reg = self.group_loss.dense(
             Boxes.cat(anchors).tensor,
             (match_labels, rows, gt_boxes.flatten(0, 1)),
-            cls_losses,
+            torch.cat(pred_logits, dim=1).float(),
             torch.cat(pred_anchor_deltas, dim=1).float(),
+            cross_entropy,
             targets,
         )
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}

@@ -195,8 +195,11 @@ class GroupSamplingRPN(torch.nn.Module):
         """
         matches = self.group_loss.match(anchors, gt_boxes, ignore_boxes, image_sizes)
         targets = matches[0].clamp(min=0).long()
-        cls_losses = F.cross_entropy(pred_logits.transpose(1, 2), targets, reduction="none")  # [B, R]
-        loss_cls, loss_loc = self.group_loss.dense(anchors, matches, cls_losses, pred_deltas)
+
+        def cross_entropy(logits):
+            return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # [B, R]
+
+        loss_cls, loss_loc = self.group_loss.dense(anchors, matches, pred_logits, pred_deltas, cross_entropy)
         losses = {"loss_rpn_cls": loss_cls, "loss_rpn_loc": loss_loc}
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_proposal_generator
@@ -46,9 +47,13 @@ def test_several_classes_against_the_equation_written_out(kind, num_groups):
     matches = group_loss.match(anchors, gt_boxes)
     targets = torch.zeros_like(logits, dtype=torch.bool)
     targets[..., 1] = matches[0] == 1
-    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+
+    def cross_entropy(logits):
+        return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+
+    bce = cross_entropy(logits)
     with EventStorage():
-        loss_cls, _ = group_loss.dense(anchors, matches, bce, deltas, targets)
+        loss_cls, _ = group_loss.dense(anchors, matches, logits, deltas, cross_entropy, targets)
 
     expected = 0.0
     _, group_idxs = group_loss.group(anchors)

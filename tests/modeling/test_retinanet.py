@@ -1,5 +1,7 @@
 """GroupSamplingRetinaNet: Detectron2's focal loss where it should be, eq. 2, and N at 1:3 in every group."""
 
+import math
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -282,3 +284,29 @@ def test_anchors_on_padding_are_no_negatives():
     labels = seen["labels"][0]
     assert (labels[0, beyond] == K).any() and (labels[1, ~beyond] == K).any()
     assert not (labels[1, beyond] == K).any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["retinanet_sampling", "retinanet_sampling_wrs", "retinanet_ohem", "retinanet_focal"])
+def test_predictions_for_ignored_anchors_may_be_infinite(name, bad):
+    """They change neither the losses nor any gradient."""
+    model = build(name)
+    anchors = model.anchor_generator(feature_maps())
+    instances = objects([[10.0, 10, 44, 40, 2], [60, 20, 120, 110, -1]], [[30.0, 50, 70, 90, 1], [0, 0, 50, 128, -1]])
+    for image in instances:
+        image.ignored = [False, True]
+    gt_labels, gt_boxes = model.label_anchors(anchors, instances)
+    ignored = (gt_labels == -1).split([len(x) for x in anchors], dim=1)
+    found = []
+    for value in (None, bad):
+        given = predictions(anchors)
+        if value is not None:
+            given = [[x.masked_fill(y[..., None], value) for x, y in zip(maps, ignored, strict=True)] for maps in given]
+        leaves = [x.requires_grad_() for maps in given for x in maps]
+        torch.manual_seed(0)
+        with EventStorage():
+            losses = model.losses(anchors, given[0], gt_labels, given[1], gt_boxes)
+        sum(losses.values()).backward()
+        found.append((losses, [x.grad for x in leaves]))
+    assert found[0][0] == found[1][0] and all(loss > 0 for loss in found[0][0].values())
+    assert all(torch.equal(x, y) for x, y in zip(found[0][1], found[1][1], strict=True))
