@@ -22,7 +22,11 @@ class GroupLoss:
     for boxes that were drawn, calls the steps: :meth:`match`, :meth:`group`, :meth:`draw`, then `criterion`.
 
     Args:
-        matcher, sampler: which boxes are positive and negative, and which of them are trained on.
+        matcher: which boxes are positive and negative.
+        sampler: which of them are trained on: a :class:`GroupSampler`, or any callable of match_labels, group_idxs and
+            losses that returns what :meth:`draw` does and has `num_groups`. It may also have `needs_losses` (False
+            spares the losses, which then are 0) and `max_positives` (int: the most positives of one image, so that box
+            regression looks at so many rows instead of at all boxes); without them it needs losses and has no limit.
         criterion: what those cost.
         group_scales: the scales, in pixels, that define the groups; statistics are kept by them even where the sampler
             has a single group.
@@ -138,7 +142,7 @@ class GroupLoss:
             int8 Tensor[B, R]: 1 or 0 where drawn, -1 elsewhere.
         """
         cls_losses = cls_losses.detach()
-        if self.ohem_nms_thresh < 1 and self.sampler.method == "ohem":
+        if self.ohem_nms_thresh < 1 and getattr(self.sampler, "method", None) == "ohem":
             match_labels = prune_overlapping(
                 match_labels, group_idxs, self.sampler.num_groups, boxes(), cls_losses, self.ohem_nms_thresh,
                 self.sampler.num_per_group,
@@ -227,14 +231,18 @@ class GroupLoss:
 
     def _positive_rows(self, sampled_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the positives among all images' anchors, filled up to a fixed number (no wait for their count), and
-        which of the rows are positives."""
+        which of the rows are positives. All rows, where the sampler states no limit."""
         positive = (sampled_labels == 1).flatten()
-        limit = self.sampler.max_positives
+        limit = getattr(self.sampler, "max_positives", None)
         if limit is None:
-            rows = torch.nonzero(positive)[:, 0]
-        else:
-            size = min(len(sampled_labels) * limit, len(positive))
-            rows = torch.nonzero_static(positive, size=size, fill_value=-1)[:, 0]
+            return torch.arange(len(positive), device=positive.device), positive
+        size = min(len(sampled_labels) * limit, len(positive))
+        if positive.device.type == "cpu" and positive.sum() > size:  # a GPU would have to be waited for
+            raise ValueError(
+                f"{type(self.sampler).__name__} drew {int(positive.sum())} positives from {len(sampled_labels)} images,"
+                f" more than its max_positives of {limit} each"
+            )
+        rows = torch.nonzero_static(positive, size=size, fill_value=-1)[:, 0]
         return rows.clamp(min=0), rows >= 0
 
 
