@@ -40,6 +40,7 @@ def add_gs_config(cfg):
     # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
     cfg.MODEL.GS.SECOND_PASS = "best"
     # A negative anchor (or proposal) of which at least this share lies in one ignore region is ignored; in (0, 1].
+    # Regions smaller than the smallest anchor (or reference scale) are enlarged to its size first.
     cfg.MODEL.GS.IGNORE_THRESH = 0.5
     # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
     # sub-samples it. [] = every anchor at its map's own stride.
@@ -78,7 +79,8 @@ def add_gs_config(cfg):
     # ...and cropped at random so that no side exceeds this many pixels. COCO's images are resized to a short side of
     # INPUT.MIN_SIZE_TRAIN before, or with 0 here as Detectron2 does, without a crop.
     cfg.INPUT.GS.MAX_CROP_SIZE = 1200
-    # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions.
+    # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions: no anchor of the smallest
+    # scale near them is a negative.
     cfg.INPUT.GS.MIN_FACE_SIZE = 8.0
 
     cfg.SOLVER.GS = CN()

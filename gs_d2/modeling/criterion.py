@@ -68,7 +68,7 @@ class GroupCriterion:
 
         Args:
             cls_losses (Tensor[S], or [S, K] with `targets`): cross entropy of each box, or of each class of each box,
-                which then are summed.
+                which then are summed. Those of boxes that were not drawn may be anything, infinity and NaN included.
             sampled_labels (int8 Tensor[S]): 1 positive, 0 negative, -1 not drawn.
             group_idxs (int64 Tensor[S]): in [0, num_groups); boxes of two images are never in one group.
             num_groups (int): B G.
@@ -78,6 +78,7 @@ class GroupCriterion:
         sampled, positive = sampled_labels >= 0, sampled_labels == 1
         if targets is None:
             cls_losses, targets = cls_losses[:, None], positive[:, None]
+        cls_losses = torch.where(sampled[:, None], cls_losses, 0.0)
         if self.cls_loss_type == "softmax":
             weights = group_mean_weights(sampled, group_idxs, num_groups)[:, None]
         else:
@@ -104,11 +105,11 @@ class GroupCriterion:
 
         Args:
             pred_deltas, boxes, gt_boxes (Tensor[P, 4]): of boxes that are positive, and of any others.
-            valid (bool Tensor[P]): which are positive; the rest costs nothing.
+            valid (bool Tensor[P]): which are positive; the rest costs nothing, whatever its deltas.
             group_idxs, num_groups, num_images: as :meth:`classification`.
         """
         losses = box_regression_loss(
-            pred_deltas,
+            torch.where(valid[:, None], pred_deltas, 0.0),
             boxes,
             torch.where(valid[:, None], gt_boxes, boxes),
             self.box2box_transform,

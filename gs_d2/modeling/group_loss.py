@@ -22,7 +22,11 @@ class GroupLoss:
     for boxes that were drawn, calls the steps: :meth:`match`, :meth:`group`, :meth:`draw`, then `criterion`.
 
     Args:
-        matcher, sampler: which boxes are positive and negative, and which of them are trained on.
+        matcher: which boxes are positive and negative.
+        sampler: which of them are trained on: a :class:`GroupSampler`, or any callable of match_labels, group_idxs and
+            losses that returns what :meth:`draw` does and has `num_groups`. It may also have `needs_losses` (False
+            spares the losses, which then are 0) and `max_positives` (int: the most positives of one image, so that box
+            regression looks at so many rows instead of at all boxes); without them it needs losses and has no limit.
         criterion: what those cost.
         group_scales: the scales, in pixels, that define the groups; statistics are kept by them even where the sampler
             has a single group.
@@ -43,6 +47,8 @@ class GroupLoss:
     ):
         if not 0 < ohem_nms_thresh <= 1:
             raise ValueError(f"OHEM_NMS_THRESH must be in (0, 1], got {ohem_nms_thresh}")
+        if not group_scales:
+            raise ValueError("group_scales must have at least one scale")
         if sampler.num_groups not in (1, len(group_scales)):
             raise ValueError(
                 f"sampler must have 1 group or as many as group_scales ({len(group_scales)}), got {sampler.num_groups}"
@@ -59,7 +65,7 @@ class GroupLoss:
         cls,
         cfg,
         gs,
-        group_scales,
+        scales,
         *,
         iou_thresholds,
         iou_labels=(0, -1, 1),
@@ -70,18 +76,21 @@ class GroupLoss:
     ):
         """
         Args:
-            gs: the stage's keys GROUP_SAMPLING, SAMPLER and CLS_LOSS_TYPE: MODEL.GS or MODEL.GS.ROI.
-            group_scales: as the class's.
+            gs: the stage's keys GROUP_SCALES, GROUP_SAMPLING, SAMPLER and CLS_LOSS_TYPE: MODEL.GS or MODEL.GS.ROI.
+            scales: of the stage's anchors, or its reference scales, in pixels: the groups, unless GROUP_SCALES names
+                others. Regions to ignore are enlarged to the smallest.
             iou_thresholds, iou_labels, batch_size_per_image, positive_fraction: the stage's Detectron2 keys of these
                 names.
             criterion: what of :class:`GroupCriterion` is the stage's own.
         """
+        group_scales = list(gs.GROUP_SCALES) or list(scales)
         return cls(
             matcher=TwoPassMatcher(
                 iou_thresholds,
                 iou_labels,
                 second_pass=cfg.MODEL.GS.SECOND_PASS,
                 ignore_thresh=cfg.MODEL.GS.IGNORE_THRESH,
+                min_ignore_size=min(scales, default=0),
             ),
             sampler=GroupSampler(
                 len(group_scales) if gs.GROUP_SAMPLING else 1, batch_size_per_image, positive_fraction, gs.SAMPLER
@@ -98,10 +107,14 @@ class GroupLoss:
         )
 
     def match(
-        self, boxes: Tensor, gt_boxes: list[Boxes], ignore_boxes: list[Boxes] | None = None
+        self,
+        boxes: Tensor,
+        gt_boxes: list[Boxes],
+        ignore_boxes: list[Boxes] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`TwoPassMatcher.match_images`: match_labels, matched_gt_idxs, all_gt_boxes."""
-        return self.matcher.match_images(boxes, gt_boxes, ignore_boxes)
+        return self.matcher.match_images(boxes, gt_boxes, ignore_boxes, image_sizes)
 
     def group(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Of each of Tensor[..., 4] the index of its scale in `group_scales`, and the group it is sampled in: int64.
@@ -111,19 +124,25 @@ class GroupLoss:
         scale_idxs = group_by_scale((boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).sqrt(), self.group_scales)
         return scale_idxs, scale_idxs if self.sampler.num_groups > 1 else torch.zeros_like(scale_idxs)
 
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the draw depends on the losses: unless the sampler says that it does not, it does."""
+        return getattr(self.sampler, "needs_losses", True)
+
     def draw(self, match_labels: Tensor, group_idxs: Tensor, cls_losses: Tensor, boxes: Callable[[], Tensor]) -> Tensor:
         """Which boxes are trained on.
 
         Args:
             match_labels (int8 Tensor[B, R]), group_idxs (int64 Tensor[R] or [B, R])
-            cls_losses (Tensor[B, R]): looked at where the sampler goes by losses.
+            cls_losses (Tensor[B, R]): looked at where the sampler goes by losses, as :func:`gs_d2.ops.group_subsample`
+                does: infinity is the hardest sample, NaN the easiest.
             boxes: gives the boxes [B, R, 4] that OHEM's pruning compares; called only if there is any.
 
         Returns:
             int8 Tensor[B, R]: 1 or 0 where drawn, -1 elsewhere.
         """
         cls_losses = cls_losses.detach()
-        if self.ohem_nms_thresh < 1 and self.sampler.method == "ohem":
+        if self.ohem_nms_thresh < 1 and getattr(self.sampler, "method", None) == "ohem":
             match_labels = prune_overlapping(
                 match_labels, group_idxs, self.sampler.num_groups, boxes(), cls_losses, self.ohem_nms_thresh,
                 self.sampler.num_per_group,
@@ -151,31 +170,41 @@ class GroupLoss:
         self,
         anchors: Tensor,
         matches: tuple[Tensor, Tensor, Tensor],
-        cls_losses: Tensor,
+        pred_logits: Tensor,
         pred_deltas: Tensor,
+        cross_entropy: Callable[[Tensor], Tensor],
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 2 for predictions of every anchor: the sum over groups of the mean losses of the samples drawn from each,
         averaged over images.
 
+        Only samples reach the losses and their gradients: what is predicted for an anchor that is not drawn may be
+        infinite or NaN.
+
         Args:
             anchors (Tensor[R, 4])
             matches: what :meth:`match` returns for them.
-            cls_losses (Tensor[B, R], or [B, R, K] if each class has a cross entropy of its own): of every anchor.
-            pred_deltas (Tensor[B, R, 4])
-            targets (bool Tensor[B, R, K]): which of `cls_losses` are of a class that is present; only for [B, R, K].
+            pred_logits (Tensor[B, R, C]), pred_deltas (Tensor[B, R, 4])
+            cross_entropy: of logits [B, R, C] the losses [B, R], or [B, R, K] if each class has a cross entropy of its
+                own.
+            targets (bool Tensor[B, R, K]): which classes are present; only for losses [B, R, K].
 
         Returns:
             The classification and the regression term, scalars.
         """
         match_labels, matched_gt_idxs, all_gt_boxes = matches
         num_images, num_anchors = match_labels.shape
-        anchor_losses = cls_losses if targets is None else cls_losses.sum(dim=-1)
         scale_idxs, group_idxs = self.group(anchors)
+        all_losses = pred_logits.new_zeros(num_images, num_anchors)
+        if self.needs_losses:
+            with torch.no_grad():
+                all_losses = _of_anchors(cross_entropy(pred_logits), targets)
         sampled_labels = self.draw(
-            match_labels, group_idxs, anchor_losses, lambda: self._decode(pred_deltas.detach(), anchors)
+            match_labels, group_idxs, all_losses, lambda: self._decode(pred_deltas.detach(), anchors)
         )
-        self.log(scale_idxs, match_labels, sampled_labels, anchor_losses)
+        # Of the logits, not of the losses: a weight of 0 would make NaN of an infinite loss, and of its gradient.
+        cls_losses = cross_entropy(torch.where((sampled_labels >= 0)[..., None], pred_logits, 0.0))
+        self.log(scale_idxs, match_labels, sampled_labels, _of_anchors(cls_losses, targets))
 
         group_idxs, counts = self.all_groups(group_idxs, num_images)
         group_idxs = group_idxs.flatten()
@@ -202,12 +231,21 @@ class GroupLoss:
 
     def _positive_rows(self, sampled_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the positives among all images' anchors, filled up to a fixed number (no wait for their count), and
-        which of the rows are positives."""
+        which of the rows are positives. All rows, where the sampler states no limit."""
         positive = (sampled_labels == 1).flatten()
-        limit = self.sampler.max_positives
+        limit = getattr(self.sampler, "max_positives", None)
         if limit is None:
-            rows = torch.nonzero(positive)[:, 0]
-        else:
-            size = min(len(sampled_labels) * limit, len(positive))
-            rows = torch.nonzero_static(positive, size=size, fill_value=-1)[:, 0]
+            return torch.arange(len(positive), device=positive.device), positive
+        size = min(len(sampled_labels) * limit, len(positive))
+        if positive.device.type == "cpu" and positive.sum() > size:  # a GPU would have to be waited for
+            raise ValueError(
+                f"{type(self.sampler).__name__} drew {int(positive.sum())} positives from {len(sampled_labels)} images,"
+                f" more than its max_positives of {limit} each"
+            )
+        rows = torch.nonzero_static(positive, size=size, fill_value=-1)[:, 0]
         return rows.clamp(min=0), rows >= 0
+
+
+def _of_anchors(cls_losses: Tensor, targets: Tensor | None) -> Tensor:
+    """[B, R] of [B, R], or of [B, R, K] where there are targets."""
+    return cls_losses if targets is None else cls_losses.sum(dim=-1)

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator, build_roi_heads
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from gs_d2.modeling.nms import top_nms
@@ -82,8 +82,8 @@ class RPNDetector(nn.Module):
         """
         Args:
             batched_inputs: for each image a dict with `image` (Tensor[3, H, W], 0..255); in training `instances` with
-                `gt_boxes`, and optionally `ignore_boxes` (Boxes); at test optionally `height`, `width`, the size that
-                results are scaled to.
+                `gt_boxes`, and optionally `ignore_boxes` (Boxes; an image without has no region to ignore); at test
+                optionally `height`, `width`, the size that results are scaled to.
 
         Returns:
             In training a dict of losses. At test for each image {"instances": Instances} by falling score, with
@@ -94,8 +94,9 @@ class RPNDetector(nn.Module):
             images = self.preprocess_image(batched_inputs)
             gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
             ignore_boxes = None
-            if "ignore_boxes" in batched_inputs[0]:
-                ignore_boxes = [x["ignore_boxes"].to(self.device) for x in batched_inputs]
+            if any("ignore_boxes" in x for x in batched_inputs):
+                none = Boxes(torch.zeros(0, 4))
+                ignore_boxes = [x.get("ignore_boxes", none).to(self.device) for x in batched_inputs]
             with self._autocast():
                 return self._losses(images, gt_instances, ignore_boxes)
 

@@ -58,7 +58,8 @@ def prune_overlapping(
     Args:
         match_labels (int8 Tensor[B, R]): 1, 0, or -1 for what cannot be drawn anyway.
         group_idxs (int64 Tensor[R] or [B, R]): in [0, num_groups).
-        boxes (Tensor[B, R, 4]), losses (Tensor[B, R])
+        boxes (Tensor[B, R, 4])
+        losses (Tensor[B, R]): NaN is 0, as for the op that draws.
         iou_thresh: a box is dropped if its IoU with a kept one is greater.
         max_kept: of each image, group and label; no more can be drawn.
 
@@ -66,6 +67,7 @@ def prune_overlapping(
         int8 Tensor[B, R]: `match_labels` where kept, -1 elsewhere.
     """
     pruned = torch.full_like(match_labels, -1)
+    losses = torch.where(losses.isnan(), 0.0, losses)
     group_idxs = group_idxs.expand_as(match_labels)
     for b in range(len(match_labels)):
         for group in range(num_groups):

@@ -55,7 +55,7 @@ class GroupSamplingRetinaNet(RetinaNet):
             "group_loss": GroupLoss.from_config(
                 cfg,
                 gs,
-                list(gs.GROUP_SCALES) or anchor_scales,
+                anchor_scales,
                 iou_thresholds=keys.IOU_THRESHOLDS,
                 iou_labels=keys.IOU_LABELS,
                 batch_size_per_image=cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE,
@@ -84,7 +84,8 @@ class GroupSamplingRetinaNet(RetinaNet):
         Args:
             anchors: of each feature map.
             gt_instances: with `gt_boxes` and `gt_classes`, and optionally `ignored` (list[bool], on the host so that
-                nothing waits for a GPU): regions to ignore, at the end.
+                nothing waits for a GPU): regions to ignore, at the end. Beyond their `image_size` is padding, where no
+                anchor is a negative.
 
         Returns:
             gt_labels (int64 Tensor[B, R]): the class, K for background, -1 for ignored anchors.
@@ -94,7 +95,10 @@ class GroupSamplingRetinaNet(RetinaNet):
         objects = [x[:count] for x, count in zip(gt_instances, counts, strict=True)]
         ignore_boxes = [x.gt_boxes[count:] for x, count in zip(gt_instances, counts, strict=True)]
         match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(
-            Boxes.cat(anchors).tensor, [x.gt_boxes for x in objects], ignore_boxes
+            Boxes.cat(anchors).tensor,
+            [x.gt_boxes for x in objects],
+            ignore_boxes,
+            [x.image_size for x in objects],
         )
         gt_classes = F.pad(torch.cat([x.gt_classes for x in objects]), (0, 1))
         gt_labels = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)
@@ -119,16 +123,19 @@ class GroupSamplingRetinaNet(RetinaNet):
             "loss_cls" and "loss_box_reg".
         """
         gt_labels, gt_boxes = torch.stack(list(gt_labels)), torch.stack(list(gt_boxes))
-        logits = torch.cat(pred_logits, dim=1).float()
         targets = gt_labels[..., None] == torch.arange(self.num_classes, device=gt_labels.device)
-        cls_losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
         match_labels = targets.any(dim=-1).to(torch.int8).masked_fill(gt_labels == -1, -1)
         rows = torch.arange(gt_labels.numel(), device=gt_labels.device).view_as(gt_labels)
+
+        def cross_entropy(logits):
+            return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+
         loss_cls, loss_box_reg = self.group_loss.dense(
             Boxes.cat(anchors).tensor,
             (match_labels, rows, gt_boxes.flatten(0, 1)),
-            cls_losses,
+            torch.cat(pred_logits, dim=1).float(),
             torch.cat(pred_anchor_deltas, dim=1).float(),
+            cross_entropy,
             targets,
         )
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}

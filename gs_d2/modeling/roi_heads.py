@@ -139,7 +139,7 @@ class GroupedHeads(nn.Module):
             return F.cross_entropy(logits, classes.flatten()[rows], reduction="none"), deltas
 
         cls_losses = boxes.new_zeros(num_images, num_boxes)
-        if self.group_loss.sampler.needs_losses:
+        if self.group_loss.needs_losses:
             labelled = torch.nonzero(match_labels.flatten() >= 0)[:, 0]
             with torch.no_grad():
                 cls_losses.view(-1)[labelled], _ = cross_entropy(labelled)

@@ -89,7 +89,7 @@ class GroupSamplingRPN(torch.nn.Module):
             "group_loss": GroupLoss.from_config(
                 cfg,
                 gs,
-                list(gs.GROUP_SCALES) or anchor_generator.scales,
+                anchor_generator.scales,
                 iou_thresholds=rpn.IOU_THRESHOLDS,
                 iou_labels=rpn.IOU_LABELS,
                 batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
@@ -122,7 +122,7 @@ class GroupSamplingRPN(torch.nn.Module):
     ):
         """
         Args:
-            images: B images; only their sizes are used.
+            images: B images; only their sizes are used: no anchor whose centre is on padding is a negative.
             features: feature maps by name, each [B, C, Hi, Wi].
             gt_instances: with `gt_boxes`; needed in training.
             ignore_boxes: regions of each image in which no anchor is a negative; None for none.
@@ -138,7 +138,8 @@ class GroupSamplingRPN(torch.nn.Module):
         losses = {}
         if self.training:
             assert gt_instances is not None, "GroupSamplingRPN needs gt_instances in training"
-            losses = self.losses(anchors, logits, deltas, [x.gt_boxes for x in gt_instances], ignore_boxes)
+            gt_boxes = [x.gt_boxes for x in gt_instances]
+            losses = self.losses(anchors, logits, deltas, gt_boxes, ignore_boxes, images.image_sizes)
         proposals = []
         if with_proposals:
             proposals = [self._select(x) for x in self._decode(anchors, logits, deltas, images.image_sizes, 0.0)]
@@ -182,17 +183,23 @@ class GroupSamplingRPN(torch.nn.Module):
         pred_deltas: Tensor,
         gt_boxes: list[Boxes],
         ignore_boxes: list[Boxes] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
         """Eq. 2: the sum over groups of the mean losses of the samples drawn from each, averaged over images.
 
         Args:
             anchors (Tensor[R, 4]), pred_logits (Tensor[B, R, 2]), pred_deltas (Tensor[B, R, 4])
             gt_boxes, ignore_boxes: of each image.
+            image_sizes: (height, width) of each image; beyond it is padding, where no anchor is a negative. None: there
+                is none.
         """
-        matches = self.group_loss.match(anchors, gt_boxes, ignore_boxes)
+        matches = self.group_loss.match(anchors, gt_boxes, ignore_boxes, image_sizes)
         targets = matches[0].clamp(min=0).long()
-        cls_losses = F.cross_entropy(pred_logits.transpose(1, 2), targets, reduction="none")  # [B, R]
-        loss_cls, loss_loc = self.group_loss.dense(anchors, matches, cls_losses, pred_deltas)
+
+        def cross_entropy(logits):
+            return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # [B, R]
+
+        loss_cls, loss_loc = self.group_loss.dense(anchors, matches, pred_logits, pred_deltas, cross_entropy)
         losses = {"loss_rpn_cls": loss_cls, "loss_rpn_loc": loss_loc}
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 

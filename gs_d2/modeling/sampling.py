@@ -60,8 +60,9 @@ class GroupSampler:
 
     @property
     def max_positives(self) -> int | None:
-        """The most positives that can be drawn from one image; None where there is no limit."""
-        if self.method == "none":
+        """The most positives that can be drawn from one image; None where no limit is known: with "none", and in a
+        subclass that draws in its own way, unless it states a limit of its own."""
+        if self.method == "none" or type(self).__call__ is not GroupSampler.__call__:
             return None
         return self.num_groups * int(self.num_per_group * self.positive_fraction)
 

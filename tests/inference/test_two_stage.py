@@ -209,6 +209,10 @@ def test_it_is_what_the_config_builds():
     assert (sampler.num_groups, sampler.num_per_group, sampler.method) == (4, 32, "wrs")
     assert (matcher.low, matcher.high) == (0.5, 0.6)
     assert heads.group_loss.group_scales == [16, 32, 64, 128]
+    proposals = torch.tensor([[40.0, 40, 56, 56], [40, 40, 72, 72]])
+    tiny = Boxes(torch.tensor([[45.0, 45, 49, 50]]))
+    labels, _, _ = heads.group_loss.match(proposals, [Boxes(torch.zeros(0, 4))], [tiny])
+    assert labels.tolist() == [[-1, 0]]
     cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 150, 100
     for architecture, limits in (("GroupedFastRCNN", (0.5, 150)), ("RPNDetector", (0.7, 100))):
         cfg.MODEL.META_ARCHITECTURE = architecture

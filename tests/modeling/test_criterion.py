@@ -136,6 +136,45 @@ def test_nothing_drawn_costs_nothing_but_stays_in_the_graph(cls_loss_type):
         assert total == 0 and (losses.grad == 0).all()
 
 
+@pytest.mark.parametrize("cls_loss_type", CLS_LOSS_TYPES)
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_losses_of_boxes_that_were_not_drawn_may_be_infinite(cls_loss_type, num_classes):
+    """They change neither the loss nor the gradient of those that were."""
+    _, labels, groups = samples()
+    generator = torch.Generator().manual_seed(1)
+    losses = torch.rand((len(labels),) if num_classes is None else (len(labels), num_classes), generator=generator)
+    targets = None if num_classes is None else torch.rand(losses.shape, generator=generator) < 0.3
+    found = []
+    for value in (1.0, math.inf, math.nan):
+        given = losses.clone()
+        given[labels == -1] = value
+        given.requires_grad_()
+        total = criterion(cls_loss_type=cls_loss_type).classification(
+            given, labels, groups, NUM_IMAGES * NUM_GROUPS, NUM_IMAGES, targets
+        )
+        total.backward()
+        assert (given.grad[labels == -1] == 0).all()
+        found.append((total, given.grad))
+    for total, gradient in found[1:]:
+        assert torch.equal(total, found[0][0]) and torch.equal(gradient, found[0][1])
+    assert found[0][0] > 0
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "iou", "least_square_iou"])
+def test_deltas_of_rows_that_only_fill_up_may_be_infinite(kind):
+    boxes, targets, deltas = boxes_and_targets(20)
+    valid, groups = torch.arange(20) < 7, torch.arange(20) % 4
+    found = []
+    for value in (0.1, math.inf, math.nan):
+        given = torch.where(valid[:, None], deltas, value).requires_grad_()
+        loss = criterion(box_reg_loss_type=kind).box_regression(given, boxes, targets, valid, groups, 4, 1)
+        loss.backward()
+        found.append((loss, given.grad))
+    for loss, gradient in found:
+        assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
+        assert loss > 0 and (gradient[~valid] == 0).all()
+
+
 def boxes_and_targets(num, seed=0):
     generator = torch.Generator().manual_seed(seed)
     xy = torch.rand(num, 2, generator=generator) * 50

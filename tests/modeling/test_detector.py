@@ -116,6 +116,24 @@ def test_images_without_ignore_boxes():
         assert all(torch.isfinite(loss) for loss in model(inputs).values())
 
 
+@pytest.mark.parametrize("with_regions", [0, 1])
+def test_each_image_has_its_own_ignore_boxes(with_regions):
+    """Also where another image of the batch has none: that one then has no region to ignore."""
+    model, inputs, seen = detector(), batch(), []
+    inputs[with_regions]["ignore_boxes"] = Boxes(torch.tensor([[0.0, 0, 64, 64]]))
+    del inputs[1 - with_regions]["ignore_boxes"]
+    group_loss = model.proposal_generator.group_loss
+    match = group_loss.match
+    group_loss.match = lambda *arguments: seen.append((arguments, match(*arguments)[0])) or match(*arguments)
+    with EventStorage():
+        model(inputs)
+    (anchors, gt_boxes, _, image_sizes), labels = seen[0]
+    without, _, _ = match(anchors, gt_boxes, None, image_sizes)
+    assert torch.equal(labels[1 - with_regions], without[1 - with_regions])
+    inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] <= 64).all(dim=1)
+    assert (without[with_regions, inside] == 0).any() and not (labels[with_regions, inside] == 0).any()
+
+
 def test_config_builds_the_same_classes():
     cfg = get_cfg()
     add_gs_config(cfg)

@@ -84,3 +84,11 @@ def test_identical_boxes_of_other_groups_labels_and_images_stay():
     assert prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9).tolist() == [[0, 1, 0, 1], [0, 1, -1, 0]]
     labels[:] = -1
     assert (prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9) == -1).all()
+
+
+def test_pruning_takes_a_loss_of_nan_for_0_and_keeps_an_infinite_one():
+    """As the op that draws: the box of NaN is dropped for the one that it overlaps, whatever that costs."""
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 11], [50, 0, 60, 10], [50, 0, 60, 11]]])
+    losses = torch.tensor([[float("nan"), 0.1, 9, float("inf")]])
+    labels, groups = torch.zeros(1, 4, dtype=torch.int8), torch.zeros(4, dtype=torch.int64)
+    assert prune_overlapping(labels, groups, 1, boxes, losses, 0.5, 9).tolist() == [[-1, 0, -1, 0]]

@@ -1,5 +1,7 @@
 """GroupSamplingRetinaNet: Detectron2's focal loss where it should be, eq. 2, and N at 1:3 in every group."""
 
+import math
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -171,6 +173,16 @@ def test_anchors_in_ignore_regions_cost_nothing():
     assert len(image["instances"]) == 2, "the mapper's instances are left alone"
 
 
+def test_a_crowd_smaller_than_the_smallest_anchor_ignores_those_near_it():
+    model = build("retinanet_sampling")
+    anchors = model.anchor_generator(feature_maps(num_images=1))
+    (instances,) = objects([[60.0, 60, 66, 65, -1]])
+    instances.ignored = [True]
+    labels, _ = model.label_anchors(anchors, [instances])
+    ignored = Boxes.cat(anchors).area().sqrt()[labels[0] == -1]
+    assert len(ignored) >= 12 and ignored.max() < 64, "of every ratio, and of no larger octave"
+
+
 @pytest.mark.parametrize("name", ["retinanet_sampling", "retinanet_sampling_wrs", "retinanet_p3_dc_sampling_ohem"])
 def test_n_per_group_at_1_to_3_on_real_annotations(name, shared_data):
     """Paper, section 4.2: every group has N samples, a quarter positive, shortages filled with negatives."""
@@ -255,3 +267,46 @@ def test_training_pictures_do_not_show_ignore_regions_as_objects(monkeypatch):
     model.visualize_training(seen[0], [None])
     assert len(seen[0][0]["instances"]) == len(OBJECTS[0]) + 1
     assert torch.equal(drawn[0][0]["instances"].gt_boxes.tensor, OBJECTS[0].gt_boxes.tensor)
+
+
+def test_anchors_on_padding_are_no_negatives():
+    """The second image has 60 x 48 pixels of the batch's 128 x 128."""
+    model = build("retinanet_sampling").train()
+    seen = {}
+    label_anchors = model.label_anchors
+    model.label_anchors = lambda anchors, instances: seen.setdefault("labels", label_anchors(anchors, instances))
+    small = Instances((48, 60), gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 40]])), gt_classes=torch.tensor([1]))
+    small = {"image": torch.zeros(3, 48, 60), "instances": small}
+    with EventStorage():
+        model([{"image": torch.zeros(3, 128, 128), "instances": OBJECTS[0]}, small])
+    centres = Boxes.cat(model.anchor_generator(feature_maps())).get_centers()
+    beyond = (centres[:, 0] >= 60) | (centres[:, 1] >= 48)
+    labels = seen["labels"][0]
+    assert (labels[0, beyond] == K).any() and (labels[1, ~beyond] == K).any()
+    assert not (labels[1, beyond] == K).any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["retinanet_sampling", "retinanet_sampling_wrs", "retinanet_ohem", "retinanet_focal"])
+def test_predictions_for_ignored_anchors_may_be_infinite(name, bad):
+    """They change neither the losses nor any gradient."""
+    model = build(name)
+    anchors = model.anchor_generator(feature_maps())
+    instances = objects([[10.0, 10, 44, 40, 2], [60, 20, 120, 110, -1]], [[30.0, 50, 70, 90, 1], [0, 0, 50, 128, -1]])
+    for image in instances:
+        image.ignored = [False, True]
+    gt_labels, gt_boxes = model.label_anchors(anchors, instances)
+    ignored = (gt_labels == -1).split([len(x) for x in anchors], dim=1)
+    found = []
+    for value in (None, bad):
+        given = predictions(anchors)
+        if value is not None:
+            given = [[x.masked_fill(y[..., None], value) for x, y in zip(maps, ignored, strict=True)] for maps in given]
+        leaves = [x.requires_grad_() for maps in given for x in maps]
+        torch.manual_seed(0)
+        with EventStorage():
+            losses = model.losses(anchors, given[0], gt_labels, given[1], gt_boxes)
+        sum(losses.values()).backward()
+        found.append((losses, [x.grad for x in leaves]))
+    assert found[0][0] == found[1][0] and all(loss > 0 for loss in found[0][0].values())
+    assert all(torch.equal(x, y) for x, y in zip(found[0][1], found[1][1], strict=True))

@@ -272,3 +272,74 @@ def test_groups_of_other_scales():
     """RetinaNet-like: three scales per octave fall into the nearest group."""
     scales = torch.tensor([32.0, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3), 64])
     assert group_by_scale(scales, [32, 64, 128, 256]).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "none"])
+def test_anchors_on_padding_are_no_negatives(method):
+    """A batch of images of two sizes: none of the small one's samples is centred beyond it."""
+    rpn = build(sampler=GroupSampler(4, 64, method=method))
+    images, features, instances = inputs()
+    images.image_sizes = [(128, 128), (48, 60)]
+    seen = []
+    draw = rpn.group_loss.draw
+    rpn.group_loss.draw = lambda *arguments: seen.append(draw(*arguments)) or seen[-1]
+    with EventStorage():
+        rpn(images, features, instances, with_proposals=False)
+    centres = rpn.anchor_generator([features["p2"]])[0].get_centers()
+    beyond = (centres[:, 0] >= 60) | (centres[:, 1] >= 48)
+    assert (seen[0][0, beyond] == 0).any() and (seen[0][1, ~beyond] == 0).any()
+    assert not (seen[0][1, beyond] == 0).any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "none"])
+@pytest.mark.parametrize("cls_loss_type", ["softmax", "focal", "focal_normalized"])
+def test_predictions_for_anchors_that_are_not_drawn_may_be_infinite(bad, method, cls_loss_type):
+    """Of an ignored anchor, which nothing draws: neither losses nor gradients change. The first anchor, whose row fills
+    up the rows of positives, is one of them."""
+    rpn = build({"cls_loss_type": cls_loss_type}, sampler=GroupSampler(4, 64, method=method))
+    _, features, instances = inputs()
+    anchors, logits, deltas = (x.detach() for x in rpn.predict(features))
+    gt_boxes, region = [x.gt_boxes for x in instances], Boxes(torch.tensor([[-8.0, -8, 20, 20]]))
+    labels, _, _ = rpn.group_loss.match(anchors, gt_boxes, [region, region])
+    assert (labels[:, 0] == -1).all()
+    found = []
+    for value in (None, bad):
+        given = [x.clone() for x in (logits, deltas)]
+        for x in given:
+            if value is not None:
+                x[labels == -1] = value
+            x.requires_grad_()
+        torch.manual_seed(0)
+        with CountingStorage() as storage:
+            losses = rpn.losses(anchors, *given, gt_boxes, [region, region])
+            statistics = storage.latest_values()
+        sum(losses.values()).backward()
+        found.append((losses, [x.grad for x in given], statistics))
+    (expected, gradients, statistics), (losses, same_gradients, same_statistics) = found
+    assert losses == expected and all(loss > 0 for loss in losses.values())
+    assert same_statistics == statistics and any("loss_cls" in name for name in statistics)
+    for gradient, same in zip(gradients, same_gradients, strict=True):
+        assert torch.equal(gradient, same) and (gradient[labels == -1] == 0).all() and gradient.any()
+
+
+@pytest.mark.parametrize("method", ["wrs", "ohem"])
+@pytest.mark.parametrize("ohem_nms_thresh", [1.0, 0.7])
+def test_a_sample_of_infinite_loss_is_the_hardest_and_one_of_nan_the_easiest(method, ohem_nms_thresh):
+    """The loss then is infinite, and training stops and says so; what is NaN and not drawn does no harm."""
+    rpn = build(sampler=GroupSampler(4, 64, method=method), ohem_nms_thresh=ohem_nms_thresh)
+    _, features, instances = inputs(num_images=1)
+    anchors, logits, deltas = (x.detach() for x in rpn.predict(features))
+    gt_boxes = [x.gt_boxes for x in instances]
+    labels, _, _ = rpn.group_loss.match(anchors, gt_boxes)
+    negatives = torch.nonzero((labels[0] == 0) & (anchors[:, 2] - anchors[:, 0] == 16))[:, 0]
+    hardest, easiest = negatives[100], negatives[200]
+    seen = []
+    rpn.group_loss.draw = lambda *arguments: seen.append(GroupLoss.draw(rpn.group_loss, *arguments)) or seen[-1]
+    for row, logit, drawn in ((easiest, [math.nan, 0.0], -1), (hardest, [-math.inf, 0.0], 0)):
+        given = logits.clone()
+        given[0, row] = torch.tensor(logit)
+        with EventStorage():
+            losses = rpn.losses(anchors, given, deltas, gt_boxes)
+        assert int(seen[-1][0, row]) == drawn
+        assert math.isfinite(losses["loss_rpn_cls"]) == (drawn == -1) and math.isfinite(losses["loss_rpn_loc"])

@@ -37,6 +37,21 @@ def test_what_a_sampler_says_of_itself(method, needs_losses):
     assert (sampler(labels, torch.arange(100) % 4, torch.rand(100)) == 1).sum() == sampler.max_positives
 
 
+def test_a_subclass_that_draws_in_its_own_way_has_no_limit_but_one_of_its_own():
+    class More(GroupSampler):
+        def __call__(self, match_labels, group_idxs, losses=None, seed=None):
+            return match_labels
+
+    class Limited(More):
+        max_positives = 5
+
+    class Renamed(GroupSampler):
+        pass
+
+    found = [kind(4, 10).max_positives for kind in (GroupSampler, More, Limited, Renamed)]
+    assert found == [8, None, 5, 8]
+
+
 @pytest.mark.parametrize("num", [0, 1, 50])
 @pytest.mark.parametrize("count", [0, 1, 7, 100])
 def test_first_of_each_group(num, count, device):

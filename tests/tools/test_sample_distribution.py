@@ -222,6 +222,13 @@ def test_ignored_regions_and_seed(trained_anchors):
     assert (draws[0]["neg_sampled"] != draws[2]["neg_sampled"]).any()
 
 
+def test_no_anchor_on_padding_is_counted_as_a_negative(trained_anchors):
+    """As in training, where an image is padded to the network's stride: 100 x 90 to 128 x 96."""
+    counts = trained_anchors["FPN-finest"].count((100, 90), NOTHING, NOTHING, 0)
+    assert trained_anchors["FPN-finest"].map_sizes((100, 90)) == [(32, 24)]
+    np.testing.assert_array_equal(counts["neg_matched"], 25 * 22)
+
+
 def total(counts, label):
     return np.array(list(counts[label].values()))
 
