@@ -115,6 +115,9 @@ def add_gs_config(cfg):
     # [low, high]: of each level only boxes of sqrt(w * h) in this range, in pixels of the level, are kept; the largest
     # level has no lower and the smallest no upper limit, so that every face keeps a level. [] = all boxes.
     cfg.TEST.GS.LEVEL_BOX_SIZE = []
+    # True: evaluation on WIDER FACE also gives the AP of each anchor scale's outputs alone (the paper's @16, @32, ...),
+    # after an NMS among themselves, which takes more time and memory. Detections stay the same.
+    cfg.TEST.GS.AP_BY_SCALE = True
 
 
 def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:

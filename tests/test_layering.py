@@ -218,6 +218,7 @@ RULES = {
             "gs_d2.evaluation",
             "gs_d2.inference",
             "gs_d2.modeling",
+            "torch.nn.parallel.DistributedDataParallel",
         ),
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",

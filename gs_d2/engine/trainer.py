@@ -1,5 +1,6 @@
 """`Trainer`: Detectron2's DefaultTrainer for this project's models, data and evaluators."""
 
+import contextlib
 import logging
 import os
 import weakref
@@ -12,6 +13,7 @@ from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.nn.parallel import DistributedDataParallel
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
@@ -81,7 +83,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
+        with _detections_by_scale(cfg, model):
+            return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -144,6 +147,22 @@ class Trainer(DefaultTrainer):
             _logger.warning(
                 "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum begins anew"
             )
+
+
+@contextlib.contextmanager
+def _detections_by_scale(cfg, model):
+    """Has the model return what WiderFaceEvaluator needs for AP by anchor scale, where that is asked for."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    types = {MetadataCatalog.get(name).get("evaluator_type") for name in cfg.DATASETS.TEST}
+    if not (cfg.TEST.GS.AP_BY_SCALE and "wider_face" in types and hasattr(model, "by_scale")):
+        yield
+        return
+    before, model.by_scale = model.by_scale, True
+    try:
+        yield
+    finally:
+        model.by_scale = before
 
 
 def _with_seed(cfg):

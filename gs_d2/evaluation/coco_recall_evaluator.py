@@ -42,7 +42,7 @@ class CocoRecallEvaluator(DetectionEvaluator):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._limits = [int(limit) for limit in limits]
 
-    def _record(self, image, rows, instances):
+    def _record(self, image, rows, output):
         return as_xywh(by_score(rows)[: self._limits[-1]])
 
     def _evaluate(self, records):

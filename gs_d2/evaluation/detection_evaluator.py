@@ -55,14 +55,8 @@ class DetectionEvaluator(DatasetEvaluator):
             ValueError: for NaN or infinity in a detection.
         """
         for image, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"].to("cpu")
-            boxes = instances.pred_boxes.tensor.detach().numpy().astype(np.float64).reshape(-1, 4)
-            scores = instances.scores.detach().numpy().astype(np.float64).reshape(-1, 1)
-            rows = np.concatenate([boxes, scores], axis=1)
-            finite = np.isfinite(rows).all(axis=1)
-            if not finite.all():
-                raise ValueError(f"{image['image_id']}: {(~finite).sum()} detections have NaN or infinity")
-            self._records[image["image_id"]] = self._record(image, rows, instances)
+            rows = rows_of(output["instances"].to("cpu"), image["image_id"])
+            self._records[image["image_id"]] = self._record(image, rows, output)
 
     def evaluate(self):
         """Evaluates what all processes have seen.
@@ -78,8 +72,8 @@ class DetectionEvaluator(DatasetEvaluator):
                 return {}
         return self._evaluate({image_id: record for part in parts for image_id, record in part.items()})
 
-    def _record(self, image: dict, rows: np.ndarray, instances):
-        """What is kept of an image; `rows` (n, 5) float64 are `x1 y1 x2 y2 score`."""
+    def _record(self, image: dict, rows: np.ndarray, output: dict):
+        """What is kept of an image; `rows` are :func:`rows_of` its `instances`."""
         raise NotImplementedError
 
     def _evaluate(self, records: dict) -> OrderedDict:
@@ -108,6 +102,21 @@ class DetectionEvaluator(DatasetEvaluator):
     def _write_summary(self, summary: dict, setting: dict) -> None:
         text = json.dumps(summary | {"setting": setting}, indent=1, default=str)
         (self._output_dir / "results.json").write_text(text + "\n")
+
+
+def rows_of(instances, image_id: str) -> np.ndarray:
+    """The detections of an image, on the CPU, as float64 ndarray[n, 5] `x1 y1 x2 y2 score`.
+
+    Raises:
+        ValueError: for NaN or infinity in a detection.
+    """
+    boxes = instances.pred_boxes.tensor.detach().numpy().astype(np.float64).reshape(-1, 4)
+    scores = instances.scores.detach().numpy().astype(np.float64).reshape(-1, 1)
+    rows = np.concatenate([boxes, scores], axis=1)
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{image_id}: {(~finite).sum()} detections have NaN or infinity")
+    return rows
 
 
 def by_score(rows: np.ndarray) -> np.ndarray:

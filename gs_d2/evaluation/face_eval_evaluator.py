@@ -47,7 +47,7 @@ class FaceEvalEvaluator(DetectionEvaluator):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._y_shift = y_shift
 
-    def _record(self, image, rows, instances):
+    def _record(self, image, rows, output):
         return by_score(quantize_detections(rows))
 
     def _evaluate(self, records):

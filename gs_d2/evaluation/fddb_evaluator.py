@@ -37,7 +37,7 @@ class FDDBEvaluator(DetectionEvaluator):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._fit_ellipses = fit_ellipses
 
-    def _record(self, image, rows, instances):
+    def _record(self, image, rows, output):
         size = (int(image["width"]), int(image["height"])) if "width" in image and "height" in image else None
         return by_score(quantize_detections(as_xywh(rows))), size
 

@@ -9,6 +9,9 @@ from .face_eval import FaceEvalResult
 from .fddb import FALSE_POSITIVES, FddbResult
 from .wider_face import ATTRIBUTES, OFFICIAL_SUBSETS, WiderResult
 
+# The subsets on which the outputs of one anchor scale are evaluated: the columns of Table 7.
+SCALE_SUBSETS = (*OFFICIAL_SUBSETS, "all")
+
 _TITLES = {"easy": "Easy", "medium": "Medium", "hard": "Hard", "all": "All", "all_valid": "All (valid)"}
 FACE_EVAL_TITLES = {"afw": "AFW", "pascal_face": "PASCAL faces"}
 
@@ -38,17 +41,21 @@ def percent(fraction: float) -> str:
 def format_wider_table(
     result: WiderResult, by_scale: Mapping[int, WiderResult] | None = None, setting: Mapping | None = None
 ) -> str:
-    """AP in percent and number of faces of every subset; below, the setting and `score_note`."""
+    """AP in percent and number of faces of every subset, and a table of AP by anchor scale where `by_scale` has any;
+    below, the setting and `score_note`."""
     names = [name for name in (*OFFICIAL_SUBSETS, "all", "all_valid") if name in result.curves]
     rows = [[_TITLES[name], percent(result.curves[name].ap), str(result.num_faces[name])] for name in names]
-    for scale, scale_result in (by_scale or {}).items():
-        rows.append([f"All @{scale}", percent(scale_result.curves["all"].ap), str(scale_result.num_faces["all"])])
     for attribute, values in ATTRIBUTES.items():
         annotated = [value for value in values if result.num_faces.get(f"{attribute}.{value}")]
         for value in annotated if len(annotated) > 1 else ():  # a list without this attribute has one value for all
             name = f"{attribute}.{value}"
             rows.append([f"{attribute}: {value}", percent(result.curves[name].ap), str(result.num_faces[name])])
     lines = [format_table(["subset", "AP", "faces"], rows)]
+    if by_scale:
+        lines.append("AP of each anchor scale's outputs alone, after an NMS among themselves:")
+        names = [name for name in SCALE_SUBSETS if name in result.curves]
+        rows = [[f"@{scale}", *(percent(r.curves[name].ap) for name in names)] for scale, r in by_scale.items()]
+        lines.append(format_table(["scale", *(_TITLES[name] for name in names)], rows))
     if setting:
         lines.append(format_setting(setting))
     lines.append(score_note(result.num_detections, result.score_range))
@@ -148,11 +155,21 @@ def json_number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
+def scale_figures(by_scale: Mapping[int, WiderResult]) -> dict[str, float]:
+    """AP of each anchor scale's outputs as "<subset>@<scale>" -> fraction, of the subsets there are."""
+    return {
+        f"{name}@{scale}": result.curves[name].ap
+        for scale, result in by_scale.items()
+        for name in SCALE_SUBSETS
+        if name in result.curves
+    }
+
+
 def wider_summary(result: WiderResult, by_scale: Mapping[int, WiderResult] | None = None) -> dict:
     """Figures for JSON: AP as fractions 0..1, null for a subset without faces or without ground truth."""
 
     figures = {name: json_number(result.curves[name].ap) if name in result.curves else None for name in _TITLES}
-    figures |= {f"all@{scale}": json_number(r.curves["all"].ap) for scale, r in (by_scale or {}).items()}
+    figures |= {name: json_number(ap) for name, ap in scale_figures(by_scale or {}).items()}
     attributes = {
         attribute: {value: json_number(result.curves[f"{attribute}.{value}"].ap) for value in values}
         for attribute, values in ATTRIBUTES.items()

@@ -1,5 +1,6 @@
 """WIDER FACE as a Detectron2 `DatasetEvaluator`, for train_net.py and for evaluation while training."""
 
+import dataclasses
 import logging
 import os
 from collections import OrderedDict
@@ -11,9 +12,9 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .curves import plot_pr_curves, save_curves
-from .detection_evaluator import DetectionEvaluator, as_xywh
+from .detection_evaluator import DetectionEvaluator, as_xywh, rows_of
 from .prediction_files import quantize_detections, write_wider_predictions
-from .report import format_wider_table, wider_summary
+from .report import SCALE_SUBSETS, format_wider_table, scale_figures, wider_summary
 from .wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, WiderResult, evaluate_wider_face
 
 _logger = logging.getLogger(__name__)
@@ -22,8 +23,11 @@ _logger = logging.getLogger(__name__)
 class WiderFaceEvaluator(DetectionEvaluator):
     """Average precision on WIDER FACE by the official protocol.
 
-    `evaluate` gives {"wider_face": {"easy", "medium", "hard", "all", "all_valid", and "all@<scale>"}}, these last
-    where the instances have `group_scales`, the anchor scale of each detection. It is empty for the test set, whose
+    `evaluate` gives {"wider_face": {"easy", "medium", "hard", "all", "all_valid"}}, and of each anchor scale's outputs
+    alone "easy@<scale>", "medium@<scale>", "hard@<scale>" and "all@<scale>" (the paper's @16, @32, ...; Table 7). These
+    need outputs with `instances_by_scale`, with `group_scales`: the detections of each scale after an NMS among
+    themselves, which the final `instances` do not hold, since there a face survives in one scale only. Without it, as
+    from a model whose `by_scale` is not set, there are none of these figures. It is empty for the test set, whose
     annotations are not public: then the predictions and `submission.zip`, to be sent to the authors, are all there
     is.
 
@@ -39,19 +43,23 @@ class WiderFaceEvaluator(DetectionEvaluator):
             detections an image), shown beside the table.
     """
 
-    def _record(self, image, rows, instances):
-        scales = instances.group_scales.detach().numpy().reshape(-1) if instances.has("group_scales") else None
-        return quantize_detections(as_xywh(rows)), scales
+    def _record(self, image, rows, output):
+        by_scale = None
+        if "instances_by_scale" in output:
+            instances = output["instances_by_scale"].to("cpu")
+            scales = np.rint(instances.group_scales.detach().numpy().reshape(-1)).astype(np.int32)
+            # Several times as many as the final ones, in float32, which is what detectors give.
+            by_scale = rows_of(instances, image["image_id"]).astype(np.float32), scales
+        return quantize_detections(as_xywh(rows)), by_scale
 
     def _evaluate(self, records):
         detections = {image_id: rows for image_id, (rows, _) in records.items()}
-        group_scales = {image_id: scales for image_id, (_, scales) in records.items() if scales is not None}
         ground_truth = self._ground_truth(detections)
         missing = self._not_processed(ground_truth.image_ids, records)
         if not len(ground_truth.boxes):
             return self._write_submission(detections)
         result = evaluate_wider_face(ground_truth, detections)
-        by_scale = self._evaluate_scales(ground_truth, detections, group_scales)
+        by_scale = self._evaluate_scales(ground_truth, {image_id: scales for image_id, (_, scales) in records.items()})
 
         summary = wider_summary(result, by_scale)
         summary |= {"num_images": len(ground_truth.image_ids), "num_missing": len(missing)}
@@ -60,7 +68,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
             self._write(detections, result, summary)
         names = [name for name in (*OFFICIAL_SUBSETS, "all", "all_valid") if name in result.curves]
         figures = {name: 100 * result.curves[name].ap for name in names}
-        figures |= {f"all@{scale}": 100 * r.curves["all"].ap for scale, r in by_scale.items()}
+        figures |= {name: 100 * ap for name, ap in scale_figures(by_scale).items()}
         return OrderedDict({"wider_face": figures})
 
     def _ground_truth(self, detections) -> WiderGroundTruth:
@@ -85,21 +93,20 @@ class WiderFaceEvaluator(DetectionEvaluator):
         )
         return ground_truth
 
-    def _evaluate_scales(self, ground_truth, detections, group_scales) -> dict[int, WiderResult]:
-        """One evaluation a scale, with only its outputs (columns @16, @32, ... of the paper)."""
-        scales = sorted({int(s) for image in group_scales.values() for s in np.unique(np.rint(image))})
-        only_all = WiderGroundTruth(
-            ground_truth.image_ids,
-            ground_truth.boxes,
-            ground_truth.offsets,
-            {"all": ground_truth.subsets["all"]},
-        )
-        return {
-            scale: evaluate_wider_face(
-                only_all, {i: detections[i][np.rint(group_scales[i]) == scale] for i in group_scales}
-            )
-            for scale in scales
-        }
+    def _evaluate_scales(self, ground_truth, records) -> dict[int, WiderResult]:
+        """One evaluation for each anchor scale, with the outputs of that scale alone; none if an image lacks them."""
+        if any(record is None for record in records.values()):
+            return {}
+        subsets = {name: ground_truth.subsets[name] for name in SCALE_SUBSETS if name in ground_truth.subsets}
+        ground_truth = dataclasses.replace(ground_truth, subsets=subsets)
+        results = {}
+        for scale in sorted({int(scale) for _, scales in records.values() for scale in np.unique(scales)}):
+            detections = {
+                image_id: quantize_detections(as_xywh(rows[scales == scale].astype(np.float64)))
+                for image_id, (rows, scales) in records.items()
+            }
+            results[scale] = evaluate_wider_face(ground_truth, detections)
+        return results
 
     def _write_submission(self, detections) -> OrderedDict:
         if self._output_dir is None:

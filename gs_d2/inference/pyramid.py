@@ -155,7 +155,8 @@ class PyramidDetector(nn.Module):
 
         Returns:
             For each image {"instances": Instances} as the model gives them, on its device; `group_scales` stays in
-            pixels of the level that found the face.
+            pixels of the level that found the face. Where the model has `by_scale` set also "instances_by_scale": for
+            each anchor scale its outputs of all levels, merged among themselves.
         """
         if self.training:
             raise RuntimeError("PyramidDetector only tests: call eval() first")
@@ -170,7 +171,7 @@ class PyramidDetector(nn.Module):
                     found[view.image].append(self._map_back(candidates, view, size))
                 if self.model.device.type == "cpu":
                     _return_freed_memory()
-        return [{"instances": self._merge(candidates)} for candidates in found]
+        return [self._result(Instances.cat(levels)) for levels in found]
 
     def _batches(self, images: list[Tensor]) -> Iterator[list[View]]:
         """Views that may run together: of one factor, equal when padded, and small; the largest first.
@@ -216,8 +217,14 @@ class PyramidDetector(nn.Module):
         candidates = Instances(size, pred_boxes=boxes, **fields)
         return candidates[boxes.nonempty()]
 
-    def _merge(self, levels: list[Instances]) -> Instances:
-        candidates = Instances.cat(levels)
+    def _result(self, candidates: Instances) -> dict[str, Instances]:
+        result = {"instances": self._merge(candidates)}
+        if getattr(self.model, "by_scale", False):
+            scales = self.model.split_by_scale(candidates)
+            result["instances_by_scale"] = Instances.cat([self._merge(x) for x in scales])
+        return result
+
+    def _merge(self, candidates: Instances) -> Instances:
         detections = self.model.select_detections(candidates.to(self.model.device))
         if self.voting_thresh is not None:
             voted = vote_boxes(

@@ -21,7 +21,11 @@ class RPNDetector(nn.Module):
 
     Testing in several views of an image (:class:`gs_d2.inference.PyramidDetector`) uses `predict_candidates`,
     `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so (and
-    with `nms_thresh`, TEST.GS.BOX_VOTING too).
+    with `nms_thresh`, TEST.GS.BOX_VOTING too; with `by_scale` and `split_by_scale`, the detections of each scale).
+
+    Attributes:
+        by_scale (bool): at test also return `instances_by_scale`; False until somebody sets it, as `Trainer.test` does
+            for WIDER FACE. It costs one NMS more for each anchor scale.
     """
 
     @configurable
@@ -53,6 +57,7 @@ class RPNDetector(nn.Module):
         self.proposal_generator = proposal_generator
         self.max_detections = max_detections
         self.nms_thresh = nms_thresh
+        self.by_scale = False
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -88,7 +93,9 @@ class RPNDetector(nn.Module):
         Returns:
             In training a dict of losses. At test for each image {"instances": Instances} by falling score, with
             `pred_boxes`, `scores` (face probability), `pred_classes` (0) and `group_scales` (the anchor's scale in
-            pixels of the network's input).
+            pixels of the network's input). With :attr:`by_scale` also "instances_by_scale": the same fields, scale
+            after scale, of what the detector would find with the outputs of that scale alone, at most `max_detections`
+            of each.
         """
         if self.training:
             images = self.preprocess_image(batched_inputs)
@@ -102,10 +109,13 @@ class RPNDetector(nn.Module):
 
         results = []
         for candidates, image in zip(self.predict_candidates(batched_inputs), batched_inputs, strict=True):
-            detections = self.select_detections(candidates)
             height, width = candidates.image_size
             size = image.get("height", height), image.get("width", width)
-            results.append({"instances": detector_postprocess(detections, *size)})
+            result = {"instances": detector_postprocess(self.select_detections(candidates), *size)}
+            if self.by_scale:
+                detections = Instances.cat([self.select_detections(x) for x in self.split_by_scale(candidates)])
+                result["instances_by_scale"] = detector_postprocess(detections, *size)
+            results.append(result)
         return results
 
     @torch.no_grad()
@@ -150,6 +160,15 @@ class RPNDetector(nn.Module):
         classes = candidates.pred_classes if self.num_classes > 1 else None
         boxes, scores = candidates.pred_boxes.tensor, candidates.scores
         return candidates[top_nms(boxes, scores, self.nms_thresh, self.max_detections, classes)]
+
+    @staticmethod
+    def split_by_scale(candidates: Instances) -> list[Instances]:
+        """The candidates of each anchor scale, whole pixels by `group_scales`, in their order; scales ascend.
+
+        At least one list, which is empty where there is no candidate.
+        """
+        scales = candidates.group_scales.round()
+        return [candidates[scales == scale] for scale in scales.unique()] or [candidates]
 
     @property
     def num_classes(self) -> int:

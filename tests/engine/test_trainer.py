@@ -4,11 +4,16 @@ import logging
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from runs import small_config
+from small_detector import build
+from torch.nn.parallel import DistributedDataParallel
 
-from gs_d2.config import check_training
+from gs_d2.config import check_training, load_config
+from gs_d2.data import register_wider_face
 from gs_d2.engine import Trainer
+from gs_d2.engine.trainer import _detections_by_scale
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,55 @@ class Sees(DatasetEvaluator):
 
     def process(self, inputs, outputs):
         self._seen.append(self._model.training)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in DDP"])
+@pytest.mark.parametrize(
+    ("datasets", "enabled", "expected"),
+    [
+        (("wider_face_val",), True, True),
+        (("fddb", "wider_face_test"), True, True),
+        (("wider_face_val",), False, False),
+        (("fddb", "afw"), True, False),
+        ((), True, False),
+    ],
+)
+def test_detections_by_scale_are_made_while_wider_face_is_tested(datasets, enabled, expected, wrapped):
+    cfg = load_config("configs/quick/demo.yaml", ["DATASETS.TEST", datasets, "TEST.GS.AP_BY_SCALE", enabled])
+    model = given = build()
+    if wrapped:
+        given = DistributedDataParallel.__new__(DistributedDataParallel)  # without the processes
+        torch.nn.Module.__init__(given)
+        given.module = model
+    with pytest.raises(KeyboardInterrupt), _detections_by_scale(cfg, given):
+        assert model.by_scale is expected
+        raise KeyboardInterrupt
+    assert model.by_scale is False
+
+
+def test_a_model_that_has_no_detections_by_scale_is_left_as_it_is():
+    cfg = load_config("configs/quick/demo.yaml", ["DATASETS.TEST", ("wider_face_val",)])
+    model = torch.nn.Linear(1, 1)
+    with _detections_by_scale(cfg, model):
+        assert not hasattr(model, "by_scale")
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+@pytest.mark.parametrize("config", ["demo", "two_stage"])
+def test_figures_of_every_scale(drawn_datasets, tmp_path, config, pyramid):
+    base = drawn_datasets / "widerface"
+    annotations, images = base / "wider_face_split" / "wider_face_val_bbx_gt.txt", base / "WIDER_val" / "images"
+    register_wider_face("test_figures", annotations, images, ground_truth_dir=base / "ground_truth")
+    opts = ["DATASETS.TEST", ("test_figures",), "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0]
+    opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32, "TEST.GS.PYRAMID", pyramid]
+    cfg = load_config(f"configs/quick/{config}.yaml", [*opts, "TEST.GS.SCALES", [0.5], "INPUT.MIN_SIZE_TEST", 0])
+    try:
+        figures = Trainer.test(cfg, Trainer.build_model(cfg))["wider_face"]
+    finally:
+        DatasetCatalog.remove("test_figures")
+        MetadataCatalog.remove("test_figures")
+    subsets = ("easy", "medium", "hard", "all")
+    assert [x for x in figures if "@" in x] == [f"{name}@{scale}" for scale in (16, 32, 64, 128) for name in subsets]
 
 
 def test_any_iterable_can_be_the_train_loader(drawn_datasets, tmp_path):

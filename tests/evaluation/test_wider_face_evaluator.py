@@ -23,6 +23,7 @@ from gs_d2.evaluation import (
 
 NAME = "wider_face_evaluator_test"
 IDS = [f"{i % 3}--Event/image_{i}" for i in range(9)]
+NOISE = {16: 0.5, 32: 1.0, 64: 4.0}  # pixels, of the detections of each anchor scale
 
 
 def dataset_dicts():
@@ -50,10 +51,22 @@ def outputs_of(dicts, with_scales=True):
         boxes = image["gt_boxes"].repeat(2, axis=0) + rng.normal(size=(10, 4)) * 2
         instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
         instances.scores = torch.rand(10, generator=torch.Generator().manual_seed(len(outputs)))
-        if with_scales:
-            instances.group_scales = torch.tensor(rng.choice([16.0, 32.0, 64.0], size=10))
+        instances.group_scales = torch.tensor(rng.choice([16.0, 32.0, 64.0], size=10))
         outputs.append({"instances": instances})
+        if with_scales:
+            outputs[-1]["instances_by_scale"] = Instances.cat(
+                [instances_of(rng, image["gt_boxes"], scale, noise) for scale, noise in NOISE.items()]
+            )
     return outputs
+
+
+def instances_of(rng, boxes, scale, noise):
+    """A detection for each of the boxes."""
+    boxes = boxes + rng.normal(size=boxes.shape) * noise
+    instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+    instances.scores = torch.tensor(rng.random(len(boxes)), dtype=torch.float32)
+    instances.group_scales = torch.full((len(boxes),), scale + 1e-6)
+    return instances
 
 
 @pytest.fixture
@@ -90,13 +103,75 @@ def test_figures_files_and_table(dataset, tmp_path, caplog):
         assert 0 < figures[name] < 100
         assert figures[name] == 100 * again.curves[name].ap == 100 * saved[name]
     assert saved["easy"] is None and saved["setting"] == {"test sizes": "640", "NMS": 0.5}
-    assert 0 < figures["all@16"] < figures["all"]
+    assert 100 > figures["all@16"] > figures["all@32"] > figures["all@64"] > 0
+    assert {name: saved[name] for name in saved if "@" in name} == {
+        f"all@{scale}": pytest.approx(figures[f"all@{scale}"] / 100, rel=1e-15) for scale in NOISE
+    }
     assert (tmp_path / "out" / "pr_curves.npz").is_file()
     assert (tmp_path / "out" / "pr_curve.png").read_bytes().startswith(b"\x89PNG")
 
-    assert "setting: test sizes 640, NMS 0.5" in caplog.text and "All @16" in caplog.text
+    assert "setting: test sizes 640, NMS 0.5" in caplog.text
+    lines = caplog.text.splitlines()
+    head = lines.index("AP of each anchor scale's outputs alone, after an NMS among themselves:")
+    assert [line.split() for line in [lines[head + 1], *lines[head + 3 : head + 6]]] == [
+        ["scale", "All"],
+        *([f"@{scale}", f"{figures[f'all@{scale}']:.2f}"] for scale in NOISE),
+    ]
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1 and str(tmp_path / "ground_truth") in warnings[0]
+
+
+def test_by_scale_is_the_protocol_on_each_scale_alone(dataset):
+    """Each scale's detections may find every face, so that the figures of scales do not add up to that of all."""
+    outputs = outputs_of(dataset)
+    evaluator = WiderFaceEvaluator(NAME)
+    evaluator.process(dataset, outputs)
+    figures = evaluator.evaluate()["wider_face"]
+    ground_truth = WiderGroundTruth.from_boxes(
+        IDS, [d["gt_boxes"] for d in dataset], [d["attributes"] for d in dataset]
+    )
+    for scale in NOISE:
+        detections = {}
+        for image_id, output in zip(IDS, outputs, strict=True):
+            found = output["instances_by_scale"]
+            found = found[found.group_scales.round() == scale]
+            x1, y1, x2, y2 = found.pred_boxes.tensor.double().unbind(dim=1)
+            rows = torch.stack([x1, y1, x2 - x1, y2 - y1, found.scores.double()], dim=1)
+            detections[image_id] = np.concatenate([rows[:, :4].numpy().round(3), rows[:, 4:].numpy().round(8)], axis=1)
+        assert figures[f"all@{scale}"] == 100 * evaluate_wider_face(ground_truth, detections).curves["all"].ap
+    assert sum(figures[f"all@{scale}"] for scale in NOISE) > 150
+
+
+def test_a_detector_of_one_scale_has_the_total_there(dataset):
+    outputs = outputs_of(dataset)
+    for output in outputs:
+        output["instances"].group_scales = torch.full((10,), 16.0)
+        output["instances_by_scale"] = output["instances"]
+    evaluator = WiderFaceEvaluator(NAME)
+    evaluator.process(dataset, outputs)
+    figures = evaluator.evaluate()["wider_face"]
+    assert list(figures) == ["all", "all_valid", "all@16"] and figures["all@16"] == figures["all"] > 0
+
+
+@pytest.mark.parametrize("which", ["none", "one missing"])
+def test_no_figures_of_scales_rather_than_wrong_ones(dataset, tmp_path, caplog, which):
+    """The final detections tell scales, too, but there a face has survived in one of them only."""
+    outputs = outputs_of(dataset, with_scales=which != "none")
+    assert outputs[4]["instances"].has("group_scales")
+    outputs[4].pop("instances_by_scale", None)
+    evaluator = WiderFaceEvaluator(NAME, str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        evaluator.process(dataset, outputs)
+        figures = evaluator.evaluate()["wider_face"]
+    assert list(figures) == ["all", "all_valid"] and figures["all"] > 0
+    assert "@" not in (tmp_path / "results.json").read_text() and "@16" not in caplog.text
+
+
+def test_nan_in_one_scale_is_refused_with_the_image(dataset):
+    outputs = outputs_of(dataset[:1])
+    outputs[0]["instances_by_scale"].pred_boxes.tensor[7, 2] = float("inf")
+    with pytest.raises(ValueError, match="0--Event/image_0: 1 detections"):
+        WiderFaceEvaluator(NAME).process(dataset[:1], outputs)
 
 
 def test_float_boxes_become_official_rows(dataset, tmp_path):
@@ -138,15 +213,23 @@ def test_official_subsets_on_the_mini_set(data_dir, dataset):
     ground_truth_dir = data_dir / "mini_wider" / "widerface" / "ground_truth"
     MetadataCatalog.remove(NAME)
     MetadataCatalog.get(NAME).set(ground_truth_dir=str(ground_truth_dir))
-    image_ids = WiderGroundTruth.from_mat_files(ground_truth_dir).image_ids
+    ground_truth = WiderGroundTruth.from_mat_files(ground_truth_dir)
     zip_path = data_dir / "mini_wider" / "predictions_detector_a.zip"
     evaluator = WiderFaceEvaluator(NAME, distributed=False)
-    for image_id, rows in read_wider_predictions(zip_path, image_ids).detections.items():
+    predictions = read_wider_predictions(zip_path, ground_truth.image_ids).detections
+    for image_id, rows in predictions.items():
         boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], axis=1)
         instances = Instances((800, 800), pred_boxes=Boxes(torch.tensor(boxes)))
         instances.scores = torch.tensor(rows[:, 4])
-        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+        alone = instances[:3]
+        alone.group_scales = torch.full((len(alone),), 32.0)
+        evaluator.process([{"image_id": image_id}], [{"instances": instances, "instances_by_scale": alone}])
     figures = evaluator.evaluate()["wider_face"]
+    subsets = ["easy", "medium", "hard", "all"]
+    assert list(figures) == [*subsets, "all_valid", *(f"{name}@32" for name in subsets)]
+    alone = evaluate_wider_face(ground_truth, {image_id: rows[:3] for image_id, rows in predictions.items()})
+    for name in subsets:
+        assert figures[f"{name}@32"] == pytest.approx(100 * alone.curves[name].ap, abs=0.05)  # from float32
     expected = json.loads((data_dir / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
     for name, ap in expected.items():
         assert figures[name] == pytest.approx(100 * ap, abs=1e-4)
