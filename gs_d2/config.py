@@ -82,6 +82,20 @@ def add_gs_config(cfg):
     # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions: no anchor of the smallest
     # scale near them is a negative.
     cfg.INPUT.GS.MIN_FACE_SIZE = 8.0
+    # Probability in [0, 1] that a training view is instead made around a face, so that small scales get faces too
+    # (gs_d2.data.FaceCrop): a face and one of FACE_CROP_SCALES are drawn uniformly, the image is resized so that
+    # sqrt(w * h) of the face comes within a factor of sqrt(2) of that scale, and cropped around it. 0 = the paper's
+    # views only. Images without a face to train on keep those.
+    cfg.INPUT.GS.FACE_CROP_PROB = 0.0
+    # Pixels; these are the anchors of configs/Base-WIDER.yaml.
+    cfg.INPUT.GS.FACE_CROP_SCALES = [16, 32, 64, 128]
+    # Sides of such a view in pixels; smaller where the image ends.
+    cfg.INPUT.GS.FACE_CROP_SIZE = 640
+    # Largest factor by which an image is enlarged for it; with 2.0 faces go to the next larger scale at most.
+    cfg.INPUT.GS.FACE_CROP_MAX_UPSCALE = 2.0
+    # Strength s in [0, 1]: brightness, contrast and saturation of training views change by factors drawn uniformly from
+    # [1 - s, 1 + s], each its own (Detectron2's RandomBrightness, RandomContrast, RandomSaturation). 0 = as they are.
+    cfg.INPUT.GS.COLOR_JITTER = 0.0
 
     cfg.SOLVER.GS = CN()
     # "sgd", Detectron2's and the paper's, or "adamw" with betas (SOLVER.MOMENTUM, 0.999): small networks without

@@ -120,7 +120,7 @@ class TrainedAnchors:
         from gs_d2.config import load_config
         from gs_d2.data import FaceDatasetMapper
 
-        cfg = load_config(config_file)
+        cfg = load_config(config_file, ["INPUT.GS.COLOR_JITTER", 0.0])  # there are no pixels
         with torch.device("meta"):  # strides are all that is wanted of it: no memory, no weights
             backbone = build_backbone(cfg)
         self.shapes = backbone.output_shape()

@@ -4,7 +4,7 @@ import os
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
-from gs_d2.data.augmentation import ScaleJitterCrop, ShortSideCrop
+from gs_d2.data.augmentation import FaceCrop, ScaleJitterCrop, ShortSideCrop
 from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
 from gs_d2.data.dataset_mapper import FaceDatasetMapper
 from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
@@ -14,6 +14,7 @@ from gs_d2.data.wider_face import load_wider_face, register_all_wider_face, regi
 
 __all__ = [
     "CocoDatasetMapper",
+    "FaceCrop",
     "FaceDatasetMapper",
     "ScaleJitterCrop",
     "ShortSideCrop",

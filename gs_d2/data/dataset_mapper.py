@@ -9,7 +9,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
-from gs_d2.data.augmentation import ScaleJitterCrop
+from gs_d2.data.augmentation import FaceCrop, ScaleJitterCrop
 from gs_d2.formats.images import as_rgb
 
 _LEAST_SHOWN = 0.25  # of a box's area; one around a face and its centre in the image shows at least this
@@ -32,7 +32,8 @@ class FaceDatasetMapper:
         """
         Args:
             is_train: whether boxes are wanted.
-            augmentations (list of Augmentation): applied in order.
+            augmentations (list of Augmentation): applied in order. In training they can ask for `image`, `boxes`
+                (the dict's, [n, 4]) and `is_face` (bool [n]: neither flagged nor left out) by these names.
             image_format: as :func:`detectron2.data.detection_utils.read_image`.
             min_face_size: sqrt(w * h) in pixels.
         """
@@ -45,7 +46,13 @@ class FaceDatasetMapper:
     def from_config(cls, cfg, is_train: bool = True, resize: T.Augmentation | None = None):
         """`resize` takes the place of the paper's resizing and cropping of WIDER FACE in training."""
         if is_train:
-            augmentations = [resize or ScaleJitterCrop(cfg.INPUT.GS.SCALES, cfg.INPUT.GS.MAX_CROP_SIZE)]
+            gs = cfg.INPUT.GS
+            resize = resize or ScaleJitterCrop(gs.SCALES, gs.MAX_CROP_SIZE)
+            if gs.FACE_CROP_PROB != 0:
+                resize = FaceCrop(
+                    resize, gs.FACE_CROP_PROB, gs.FACE_CROP_SCALES, gs.FACE_CROP_SIZE, gs.FACE_CROP_MAX_UPSCALE
+                )
+            augmentations = [resize]
             if cfg.INPUT.RANDOM_FLIP != "none":
                 augmentations.append(
                     T.RandomFlip(
@@ -53,6 +60,7 @@ class FaceDatasetMapper:
                         vertical=cfg.INPUT.RANDOM_FLIP == "vertical",
                     )
                 )
+            augmentations += _color_jitter(gs.COLOR_JITTER)
         else:
             augmentations = [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
         return {
@@ -79,11 +87,11 @@ class FaceDatasetMapper:
         image = self._read(dataset_dict)
         result["height"], result["width"] = image.shape[:2]
         if not self.is_train:
-            image = self._augment(image)[0]
+            test_input = T.AugInput(image)
+            self.augmentations(test_input)
+            image = test_input.image
         else:
-            image, transforms = self._augment(image)
-            file_size = result["height"], result["width"]
-            boxes, trained, ignored = self._transform_boxes(dataset_dict, transforms, file_size, image.shape[:2])
+            image, boxes, trained, ignored = self._augment(image, dataset_dict)
             classes = dataset_dict.get("gt_classes", np.zeros(len(boxes), dtype=np.int64))
             instances = Instances(image.shape[:2])
             instances.gt_boxes = Boxes(torch.from_numpy(boxes[trained]))
@@ -107,26 +115,22 @@ class FaceDatasetMapper:
     def augment(self, image: np.ndarray, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One training view: the augmented image, boxes to train on and boxes to ignore, float32 [n, 4] in its pixels.
 
-        Whoever wants only the boxes passes a blank image [H, W] of the file's size.
+        Whoever wants only the boxes passes a blank image of the file's size: [H, W, 3], or [H, W] where no augmentation
+        is of colours (INPUT.GS.COLOR_JITTER 0).
         """
-        file_size = image.shape[:2]
-        image, transforms = self._augment(image)
-        boxes, trained, ignored = self._transform_boxes(dataset_dict, transforms, file_size, image.shape[:2])
+        image, boxes, trained, ignored = self._augment(image, dataset_dict)
         return image, boxes[trained], boxes[ignored]
 
-    def _augment(self, image):
-        aug_input = T.AugInput(image)
-        transforms = self.augmentations(aug_input)
-        return aug_input.image, transforms
-
-    def _transform_boxes(self, dataset_dict, transforms, file_size, image_size):
-        """The dict's boxes, float32 [n, 4], transformed and clipped to the image; which of them to train on and which
-        to ignore, bool [n]."""
-        boxes = dataset_dict["gt_boxes"]
-        ignore = dataset_dict["gt_ignore"]
-        usable = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~off_the_image(boxes, *file_size)
-        boxes = transforms.apply_box(boxes)
-        height, width = image_size
+    def _augment(self, image, dataset_dict):
+        """The view; the dict's boxes, float32 [n, 4], transformed and clipped to it; which of them to train on and
+        which to ignore, bool [n]."""
+        boxes, ignore = dataset_dict["gt_boxes"], dataset_dict["gt_ignore"]
+        usable = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~off_the_image(boxes, *image.shape[:2])
+        view = T.AugInput(image, boxes=boxes)
+        view.is_face = usable & ~ignore
+        self.augmentations(view)
+        boxes = view.boxes
+        height, width = view.image.shape[:2]
         limits = np.array([width, height, width, height])
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centres >= 0) & (centres < limits[:2])).all(axis=1)
@@ -135,7 +139,14 @@ class FaceDatasetMapper:
         visible = usable & (size > 0).all(axis=1)
         ignore = ignore | (np.sqrt(size.prod(axis=1)) < self.min_face_size)
         # A face whose centre the crop cuts off is dropped; a region to ignore counts wherever it is still seen.
-        return boxes, ~ignore & inside & visible, ignore & visible
+        return view.image, boxes, ~ignore & inside & visible, ignore & visible
+
+
+def _color_jitter(strength: float) -> list[T.Augmentation]:
+    if not 0 <= strength <= 1:
+        raise ValueError(f"INPUT.GS.COLOR_JITTER must be in [0, 1], got {strength}")
+    kinds = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation) if strength else ()
+    return [kind(1 - strength, 1 + strength) for kind in kinds]
 
 
 def off_the_image(boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -272,3 +272,71 @@ def test_a_missing_image_is_named(record):
     source = record([]) | {"file_name": "/nowhere/a.jpg"}
     with pytest.raises(FileNotFoundError, match=r"/nowhere/a\.jpg"):
         mapper()(source)
+
+
+FACE_CROPS = ("INPUT.GS.FACE_CROP_PROB", 1.0, "INPUT.GS.FACE_CROP_SIZE", 64, "INPUT.RANDOM_FLIP", "horizontal")
+
+
+def test_views_around_a_face_follow_the_config(record):
+    boxes = [[150, 100, 190, 150], [10, 10, 40, 40], [300, 200, 300, 220], [390, 10, 500, 200]]
+    source = record(boxes, ignore=[False, True, False, False])  # flagged, without area, mostly off the image
+    keys = ("INPUT.GS.FACE_CROP_SCALES", [16, 64], "INPUT.GS.FACE_CROP_SIZE", 200)
+    augment = FaceDatasetMapper(config(*FACE_CROPS, *keys), is_train=True)
+    sizes = []
+    for _ in range(60):
+        output = augment(source)
+        assert max(output["image"].shape[1:]) <= 200
+        ((x1, y1, x2, y2),) = output["instances"].gt_boxes.tensor.tolist()
+        height, width = output["image"].shape[1:]
+        if x1 > 0 and y1 > 0 and x2 < width and y2 < height:  # not cut off
+            sizes.append(np.sqrt((x2 - x1) * (y2 - y1)))
+    assert len(sizes) > 20
+    near_16, near_64 = (np.abs(np.log2(np.divide(sizes, scale))) < 0.51 for scale in (16, 64))
+    assert (near_16 | near_64).all() and near_16.any() and near_64.any()
+
+
+def test_views_around_a_face_fall_back_to_the_papers(record):
+    keys = ("INPUT.GS.SCALES", [0.5], "INPUT.GS.MAX_CROP_SIZE", 160)
+    for boxes, ignore in (([], None), ([[10, 10, 40, 40]], [True])):
+        output = FaceDatasetMapper(config(*FACE_CROPS, *keys), is_train=True)(record(boxes, ignore=ignore))
+        assert output["image"].shape == (3, 150, 160)
+
+
+def test_augmentations_get_the_faces_by_name(record):
+    seen = []
+
+    class Look(T.Augmentation):
+        def get_transform(self, image, boxes, is_face):
+            seen.append((image.shape, boxes.tolist(), is_face.tolist()))
+            return T.HFlipTransform(image.shape[1])
+
+    boxes = [[10, 10, 40, 40], [50, 50, 90, 90], [60, 60, 60, 90], [390, 10, 500, 200], [100, 100, 103, 103]]
+    augment = mapper(Look(), Look())
+    augment(record(boxes, ignore=[False, True, False, False, False]))
+    is_face = [True, False, False, False, True]  # flagged, without area, mostly off the image; tiny is not known yet
+    mirrored = [[400 - x2, y1, 400 - x1, y2] for x1, y1, x2, y2 in boxes]
+    assert seen == [((300, 400, 3), boxes, is_face), ((300, 400, 3), mirrored, is_face)]
+
+
+def test_color_jitter(record):
+    source = record([[100, 100, 200, 200]], colours=[(60, 130, 90)])
+    keys = ("INPUT.GS.SCALES", [1.0], "INPUT.GS.MAX_CROP_SIZE", 999, "INPUT.FORMAT", "RGB", "INPUT.RANDOM_FLIP", "none")
+    plain = FaceDatasetMapper(config(*keys), is_train=True)(source)
+    augment = FaceDatasetMapper(config(*keys, "INPUT.GS.COLOR_JITTER", 0.3), is_train=True)
+    views = [augment(source) for _ in range(60)]
+    backgrounds = [int(view["image"][0, 0, 0]) for view in views]
+    assert len(set(backgrounds)) > 15
+    for view in views:
+        assert view["image"].dtype == torch.uint8 and view["image"].shape == plain["image"].shape
+        assert faces_and_ignored(view) == faces_and_ignored(plain)
+    assert min(backgrounds) >= 0.7 * BACKGROUND - 3 and max(backgrounds) <= 1.3 * BACKGROUND + 3
+    faces = np.array([view["image"][:, 150, 150].tolist() for view in views])
+    assert len(set((faces[:, 1] - faces[:, 0]).tolist())) > 10, "saturation"
+    test_view = FaceDatasetMapper(config(*keys, "INPUT.GS.COLOR_JITTER", 0.3, "INPUT.MIN_SIZE_TEST", 0), is_train=False)
+    assert torch.equal(test_view(source)["image"], plain["image"])
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+def test_color_jitter_that_makes_no_sense(strength):
+    with pytest.raises(ValueError, match=r"INPUT\.GS\.COLOR_JITTER must be in \[0, 1\], got"):
+        FaceDatasetMapper(config("INPUT.GS.COLOR_JITTER", strength), is_train=True)

@@ -287,9 +287,20 @@ def test_one_config(tool, drawn):
     assert counts["images"] == 6 and list(counts["detectors"]) == ["FPN-finest-sampling"]
 
 
-def test_boxes_of_a_blank_image_are_those_of_the_real_one(tool, drawn):
+def test_a_configs_views_around_a_face_are_counted(tool, drawn, tmp_path):
+    text = f"_BASE_: {ROOT / 'configs/wider/fpn_finest_sampling.yaml'}\nINPUT: {{GS: "
+    for name, keys in (("plain", "{}"), ("jitter", "{COLOR_JITTER: 0.4}"), ("crops", "{FACE_CROP_PROB: 1.0}")):
+        (tmp_path / f"{name}.yaml").write_text(f"{text}{keys}}}\n")
+    paths = [tmp_path / f"{name}.yaml" for name in ("plain", "jitter", "crops")]
+    plain, jitter, crops = tool.count_annotations(paths, drawn)["detectors"].values()
+    assert plain == jitter != crops, "colours have no part in it"
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_boxes_of_a_blank_image_are_those_of_the_real_one(tool, drawn, prob):
     cfg = get_cfg()
     add_gs_config(cfg)
+    cfg.INPUT.GS.FACE_CROP_PROB = prob
     mapper = FaceDatasetMapper(cfg, is_train=True)
     for i, record in enumerate(DatasetCatalog.get(drawn)):
         np.random.seed(i)
