@@ -61,16 +61,15 @@ class TimmBackbone(Backbone):
             ValueError: a name, map, option or file that timm or the network does not have or cannot take.
         """
         super().__init__()
-        timm = _import_timm()
         if bn not in BN_MODES:
             raise ValueError(f"bn (MODEL.GS.TIMM.BN) must be one of {', '.join(BN_MODES)}, got {bn!r}")
-        create = _creator(timm, name, {"in_chans": in_channels, **(options or {})})
+        if not out_features:
+            raise ValueError("out_features (MODEL.FPN.IN_FEATURES) must name at least one map")
+        create = _creator(name, {"in_chans": in_channels, **(options or {})})
         levels = _levels(create)
         indices = [_index(feature, levels, name) for feature in out_features]
-        if not indices:
-            raise ValueError(f"no feature maps of {name} are asked for (MODEL.FPN.IN_FEATURES)")
-        frozen_index = min(_frozen_index(freeze_at, levels, name), max(indices))
-        taken = sorted({*indices, *([frozen_index] if frozen_index >= 0 else [])})
+        frozen_index = min(_frozen_index(freeze_at, levels, name), max(indices))  # -1: nothing
+        taken = sorted({*indices, frozen_index} - {-1})
         self.net = create(features_only=True, out_indices=tuple(taken))
         self._positions = [taken.index(index) for index in indices]
         self._is_nhwc = str(getattr(self.net, "output_fmt", "")).endswith("NHWC")
@@ -80,41 +79,40 @@ class TimmBackbone(Backbone):
 
         trace = self._trace(name, in_channels, max(level["reduction"] for level in levels))
         needed = trace.parameters_of(trace.outputs[position] for position in self._positions)
-        _trim(self.net, needed)
+        frozen = trace.parameters_of([trace.outputs[taken.index(frozen_index)]] if frozen_index >= 0 else [])
+        trained = needed - frozen
         pairs = [pair for pair in trace.convs_before_norms() if _is_foldable(*pair)] if bn == "folded" else []
-        trained = needed - trace.parameters_of([trace.outputs[taken.index(frozen_index)]] if frozen_index >= 0 else [])
+        _cut_off(self.net, needed)
         trained_names = {name for name, parameter in self.net.named_parameters() if parameter in trained}
-        trained_convs = {conv for conv, _ in pairs if conv.weight in trained}
-        self._missing_weights = ""
-        self._load_and_fold(weights, pairs, bn, create)
-        self._fix_all_but(trained_names, trained_convs, bn)
-
-    def _load_and_fold(self, weights, pairs, bn, create):
-        state = None
-        if weights and not os.path.isfile(weights):
-            self._missing_weights = weights
-            _logger.warning(f"{weights} (MODEL.GS.TIMM.WEIGHTS) is not there: weights must come from a checkpoint")
-        elif weights:
-            state = read_weights(weights)["model"]
-        holds_folded = state is not None and pairs and not any(key.endswith("running_var") for key in state)
-        if state is not None and not holds_folded:
-            _load(self.net, state, weights, create)
-        fold(self.net, pairs)
-        if holds_folded:
-            _load(self.net, state, weights, create)
-
-    def _fix_all_but(self, names, convs, bn):
+        trained_convs = [conv for conv, _ in pairs if conv.weight in trained]
+        self._absent_weights = ""
+        self._load_and_fold(weights, pairs, create)
         for name, parameter in self.net.named_parameters():
-            parameter.requires_grad = name in names
-        for conv in convs:
-            conv.requires_grad_(True)
-        norms = [module for module in self.net.modules() if isinstance(module, _NORMS)]
-        self._fixed_norms = [
-            norm for norm in norms if bn != "trained" or norm.weight is None or not norm.weight.requires_grad
-        ]
+            parameter.requires_grad = name in trained_names
+        for conv in trained_convs:
+            conv.requires_grad_(True)  # its bias is new
+        self._fixed_norms = [x for x in self.net.modules() if isinstance(x, _NORMS) and (bn != "trained" or _rests(x))]
         for norm in self._fixed_norms:
-            norm.requires_grad_(False)
+            for parameter in norm.parameters(recurse=False):
+                parameter.requires_grad = False
         self.train(self.training)
+
+    def _load_and_fold(self, path, pairs, create):
+        if not path or not os.path.isfile(path):
+            if path:
+                self._absent_weights = path
+                _logger.warning(f"{path} (MODEL.GS.TIMM.WEIGHTS) is not there: weights must come from a checkpoint")
+            fold(self.net, pairs)
+            return
+        state = read_weights(path)["model"]
+        to_fold = {norm for _, norm in pairs}
+        statistics = {f"{name}.running_var" for name, module in self.net.named_modules() if module in to_fold}
+        is_folded = bool(pairs) and statistics.isdisjoint(_by_own_names(self.net, state))
+        if not is_folded:
+            _load(self.net, state, path, create)
+        fold(self.net, pairs)
+        if is_folded:
+            _load(self.net, state, path, create, is_folded=True)
 
     def _trace(self, name, in_channels, coarsest) -> Trace:
         """Runs the network on the smallest suitable image, which also finds what sizes it divides."""
@@ -155,9 +153,9 @@ class TimmBackbone(Backbone):
         Raises:
             FileNotFoundError: in training, if the file of weights was missing and none have been loaded since.
         """
-        if self.training and self._missing_weights:
+        if self.training and self._absent_weights:
             raise FileNotFoundError(
-                f"no such weights: {self._missing_weights} (MODEL.GS.TIMM.WEIGHTS), and training would begin from "
+                f"no such weights: {self._absent_weights} (MODEL.GS.TIMM.WEIGHTS), and training would begin from "
                 'random ones; set it "" if that is meant'
             )
         return self._select(self.net(image))
@@ -170,20 +168,16 @@ class TimmBackbone(Backbone):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if any(key.startswith(prefix) for key in state_dict):
-            self._missing_weights = ""
+            self._absent_weights = ""
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _import_timm():
+def _creator(name, options):
+    """timm.create_model for this network, which then fetches nothing."""
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"backbones of timm need that package ({error}): pip install timm") from error
-    return timm
-
-
-def _creator(timm, name, options):
-    """timm.create_model without the network's name, and without access to the network."""
+        raise ImportError(f"a backbone of timm needs that package ({error}): pip install timm") from error
     arch = name.split(".")[0]  # a tag behind the dot names a set of weights
     if ":" in name or not timm.is_model(arch):
         close = difflib.get_close_matches(arch, timm.list_models(), n=_MAX_NAMED)
@@ -212,9 +206,7 @@ def _index(feature, levels, name) -> int:
     by_name = {f"index{i}": i for i in range(len(levels))}
     by_name |= {f"stride{level['reduction']}": i for i, level in enumerate(levels)}
     if not match or feature not in by_name:
-        raise ValueError(
-            f"timm's {name} has no map {feature!r} (MODEL.FPN.IN_FEATURES); it has {', '.join(sorted(by_name))}"
-        )
+        raise ValueError(f"timm's {name} has no map {feature!r} (MODEL.FPN.IN_FEATURES); it has {', '.join(by_name)}")
     return by_name[feature]
 
 
@@ -240,7 +232,7 @@ def _is_foldable(conv, norm) -> bool:
     return plain and norm.track_running_stats
 
 
-def _trim(net, needed):
+def _cut_off(net, needed):
     """Cuts off stages behind the last map needed: some of timm's networks run to their end."""
     for module in net.children():
         while isinstance(module, nn.Sequential) and len(module):
@@ -250,22 +242,32 @@ def _trim(net, needed):
             del module[-1]
 
 
-def _load(net, state, path, create):
-    """Loads a file's weights, all that the network has; what the file has more must be of timm's whole network."""
-    own = net.state_dict()
-    found, others = {}, []
-    for key, value in state.items():
+def _rests(norm) -> bool:
+    """Whether this BatchNorm has parameters and none of them is trained."""
+    own = list(norm.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def _by_own_names(net, state) -> dict:
+    """Own name -> name in the file, for what the network has of it."""
+    own, names = net.state_dict(), {}
+    for key in state:
         # timm's networks that give maps have "stages_0.x" for "stages.0.x" of the whole one, or "model.x" for "x".
-        here = next((name for name in (key, key.replace(".", "_", 1), f"model.{key}") if name in own), None)
-        if here is None:
-            others.append(key)
-        else:
-            found[here] = torch.as_tensor(value)
+        names |= {name: key for name in (key, key.replace(".", "_", 1), f"model.{key}") if name in own}
+    return names
+
+
+def _load(net, state, path, create, is_folded=False):
+    """Loads a file's weights, all that the network has; what the file has more must be of timm's whole network."""
+    own, names = net.state_dict(), _by_own_names(net, state)
+    found = {name: torch.as_tensor(state[key]) for name, key in names.items()}
     missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
+    others = state.keys() - names.values()
     if others:
-        whole = create().state_dict()
-        folded = {f"{key.removesuffix('.weight')}.bias" for key in whole}
-        others = [key for key in others if key not in whole and key not in folded]
+        whole = set(create().state_dict())
+        if is_folded:
+            whole |= {f"{key.removesuffix('.weight')}.bias" for key in whole}
+        others = [key for key in state if key in others - whole]
     shapes = [
         f"{key} {tuple(value.shape)} (the network's is {tuple(own[key].shape)})"
         for key, value in found.items()
@@ -277,7 +279,9 @@ def _load(net, state, path, create):
         if keys
     ]
     if problems:
-        raise ValueError(f"{path} (MODEL.GS.TIMM.WEIGHTS) does not fit the network. Keys {'; '.join(problems)}")
+        lost = any(key.endswith("running_var") for key in missing)
+        hint = ". If the file's BatchNorm is folded, set MODEL.GS.TIMM.BN folded" if lost else ""
+        raise ValueError(f"{path} (MODEL.GS.TIMM.WEIGHTS) does not fit the network. Keys {'; '.join(problems)}{hint}")
     net.load_state_dict(found, strict=False)
 
 
