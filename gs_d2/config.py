@@ -60,6 +60,21 @@ def add_gs_config(cfg):
     # False: train even with Detectron2 defaults that break the method (see check_config).
     cfg.MODEL.GS.CHECK_DEFAULTS = True
 
+    # A backbone of the package timm, for MODEL.BACKBONE.NAME build_timm_topdown_backbone (docs/backbones.md).
+    # MODEL.FPN.IN_FEATURES names its maps: "stride8" the last of that stride, "index2" timm's out index 2.
+    # MODEL.BACKBONE.FREEZE_AT n freezes all that gives the map of stride 2**n, 0 nothing.
+    cfg.MODEL.GS.TIMM = CN()
+    # Of timm's registry, such as "mobilenetv2_100".
+    cfg.MODEL.GS.TIMM.NAME = ""
+    # More arguments of timm.create_model, names and values in turn: ["act_layer", "relu"].
+    cfg.MODEL.GS.TIMM.OPTIONS = []
+    # A .pth or .safetensors file of the backbone alone, by timm's names; nothing is fetched. It is read when the model
+    # is built; if it is not there, only training without a checkpoint is an error. "" = random weights.
+    cfg.MODEL.GS.TIMM.WEIGHTS = ""
+    # BatchNorm: "folded" (of fixed statistics, as part of the convolutions), "frozen" (the same, but layers of their
+    # own) or "trained".
+    cfg.MODEL.GS.TIMM.BN = "folded"
+
     # The second stage, GroupedROIHeads. MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE is its N; POSITIVE_FRACTION,
     # IOU_THRESHOLDS [low, high], PROPOSAL_APPEND_GT, IN_FEATURES, NMS_THRESH_TEST and MODEL.ROI_BOX_HEAD.* keep their
     # meaning.

@@ -88,6 +88,19 @@ RULES = {
         never=(r"(?i)sampl|match|group|loss|iou|nms",),
         cfg="builders",
     ),
+    "timm backbone": Rule(  # reads a file of weights when it is built, before BatchNorm is folded
+        files=("gs_d2/modeling/timm_backbone.py",),
+        may=(
+            "timm",
+            "torch",
+            "gs_d2.checkpoint.read_weights",
+            "gs_d2.modeling.backbone",
+            "gs_d2.modeling.bn_folding",
+            *DETECTRON2_MODELING,
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="builders",
+    ),
     "modeling": Rule(
         files=("gs_d2/modeling/*.py",),
         may=(
@@ -317,6 +330,8 @@ VIOLATIONS = [
     ("modeling", "gs_d2/modeling/rpn.py", "from torch.ops import gs_d2", "torch.ops"),
     ("modeling", "gs_d2/modeling/rpn.py", "from torch import ops", "torch.ops"),
     ("modeling", "gs_d2/modeling/rpn.py", "import importlib\nimportlib.import_module('gs_d2.data')", "gs_d2.data"),
+    ("timm backbone", "gs_d2/modeling/timm_backbone.py", "from gs_d2.checkpoint import Checkpointer", "Checkpointer"),
+    ("modeling", "gs_d2/modeling/rpn.py", "import timm", "timm"),
     ("modeling", "gs_d2/modeling/meta_arch.py", "from gs_d2 import evaluation", "gs_d2.evaluation"),
     ("modeling", "gs_d2/modeling/meta_arch.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
     ("modeling", "gs_d2/modeling/rpn.py", "from gs_d2.ops import reference", REFERENCE),

@@ -13,6 +13,7 @@ from gs_d2.modeling.roi_heads import GroupedROIHeads
 from gs_d2.modeling.rpn import GroupSamplingRPN
 from gs_d2.modeling.rpn_heads import DilatedRPNHead, PerMapRPNHead, SoftmaxRPNHead
 from gs_d2.modeling.sampling import GroupSampler, group_by_scale
+from gs_d2.modeling.timm_backbone import TimmBackbone, build_timm_topdown_backbone
 
 __all__ = [
     "DilatedRPNHead",
@@ -26,9 +27,11 @@ __all__ = [
     "RPNDetector",
     "ScaleStrideAnchorGenerator",
     "SoftmaxRPNHead",
+    "TimmBackbone",
     "TopDown",
     "TwoPassMatcher",
     "build_resnet_topdown_backbone",
     "build_resnet_topdown_p6_backbone",
+    "build_timm_topdown_backbone",
     "group_by_scale",
 ]

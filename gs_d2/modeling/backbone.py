@@ -43,7 +43,7 @@ class TopDown(Backbone):
         strides = doubling_strides(shapes, in_features)
         self.bottom_up = bottom_up
         self.in_features = tuple(in_features)
-        self._size_divisibility = strides[-1]
+        self._size_divisibility = max(strides[-1], bottom_up.size_divisibility)
         self._out_features = []
         self._out_feature_strides = {}
         self._out_feature_channels = {}
