@@ -1,11 +1,12 @@
 """`Trainer`: Detectron2's DefaultTrainer for this project's models, data and evaluators."""
 
+import contextlib
 import logging
 import os
 import weakref
 
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -57,12 +58,26 @@ class Trainer(DefaultTrainer):
             accumulation_steps=cfg.SOLVER.GS.ACCUMULATION_STEPS,
             amp=cfg.SOLVER.AMP.ENABLED,
             nonfinite_loss=cfg.SOLVER.GS.NONFINITE_LOSS,
+            ema_decay=cfg.SOLVER.GS.EMA_DECAY,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = self.build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        average = self._trainer.weight_average
+        options = {} if average is None else {"weights": average.averaged_state_dict}
+        self.checkpointer = self.build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **options)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self):
+        """Detectron2's, but evaluations are of the averaged weights where there are any."""
+        evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        return [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+
+    def _evaluate(self):
+        average = self._trainer.weight_average
+        with contextlib.nullcontext() if average is None else average.swapped_in():
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @classmethod
     def build_checkpointer(cls, model, save_dir, **options):

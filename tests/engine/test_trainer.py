@@ -3,8 +3,9 @@
 import logging
 
 import pytest
+import torch
 from detectron2.evaluation import DatasetEvaluator
-from runs import small_config
+from runs import assert_same_bits, small_config
 
 from gs_d2.config import check_training
 from gs_d2.engine import Trainer
@@ -15,6 +16,11 @@ from gs_d2.engine import Trainer
     [
         (("SOLVER.GS.ACCUMULATION_STEPS", 0), r"SOLVER\.GS\.ACCUMULATION_STEPS must be at least 1, got 0"),
         (("SOLVER.GS.NONFINITE_LOSS", "ignore"), r"SOLVER\.GS\.NONFINITE_LOSS must be stop or skip, got 'ignore'"),
+        (("SOLVER.GS.EMA_DECAY", 1.0), r"SOLVER\.GS\.EMA_DECAY must be at least 0 and below 1, got 1\.0"),
+        (
+            ("SOLVER.GS.EMA_DECAY", 0.9, "TEST.PRECISE_BN.ENABLED", True),
+            r"EMA_DECAY 0\.9 evaluates averaged weights.*set TEST\.PRECISE_BN\.ENABLED False",
+        ),
         (("SOLVER.AMP.ENABLED", True), r"SOLVER\.AMP\.ENABLED needs a GPU, and MODEL\.DEVICE is cpu"),
         (
             ("SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cuda", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"),
@@ -90,6 +96,55 @@ class Sees(DatasetEvaluator):
 
     def process(self, inputs, outputs):
         self._seen.append(self._model.training)
+
+
+def test_evaluations_are_of_the_averaged_weights_and_training_is_not(drawn_datasets, tmp_path):
+    evaluated, trained = [], []
+
+    class Own(Trainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            evaluated.append({name: value.clone() for name, value in model.state_dict().items()})
+            return {}
+
+        def run_step(self):
+            super().run_step()
+            trained.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+    opts = ("TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 2)
+    cfg = small_config(drawn_datasets, tmp_path, *opts, "SOLVER.GS.EMA_DECAY", 0.1, "SOLVER.WARMUP_ITERS", 0)
+    trainer = Own(cfg)
+    trainer.train()
+    name = "proposal_generator.rpn_head.conv.weight"
+    first, second, third = (weights[name] for weights in trained)
+    average = 0.1 * first + 0.9 * second  # (1 + 1) / (10 + 1) is above 0.1
+    torch.testing.assert_close(evaluated[0][name], average)
+    torch.testing.assert_close(evaluated[1][name], 0.1 * average + 0.9 * third)
+    assert not torch.equal(evaluated[1][name], third)
+    for path, weights in (("model_0000001.pth", evaluated[0]), ("model_final.pth", evaluated[1])):
+        assert_same_bits(torch.load(tmp_path / path, weights_only=True)["model"], weights)
+    assert_same_bits(trainer.model.state_dict(), trained[-1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.0), (0.0, 0.5)])
+def test_an_average_can_be_begun_and_dropped_by_resuming(drawn_datasets, tmp_path, caplog, before, after):
+    def run(iterations, decay):
+        opts = ("SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (), "SOLVER.GS.EMA_DECAY", decay)
+        trainer = Trainer(small_config(drawn_datasets, tmp_path, *opts))
+        trainer.resume_or_load(resume=True)
+        start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
+        return start, {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    _, trained = run(3, before)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="gs_d2"):
+        start, _ = run(5, after)
+    assert_same_bits(start, trained)
+    assert ("EMA_DECAY is 0: training goes on without it" in caplog.text) == (before > 0)
+    assert ("begins with the weights as they are now" in caplog.text) == (after > 0)
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["_trainer"]
+    assert state.get("weight_average", {}).get("updates") == (2 if after else None)
 
 
 def test_any_iterable_can_be_the_train_loader(drawn_datasets, tmp_path):
