@@ -113,6 +113,11 @@ def add_gs_config(cfg):
     # [low, high]: of each level only boxes of sqrt(w * h) in this range, in pixels of the level, are kept; the largest
     # level has no lower and the smallest no upper limit, so that every face keeps a level. [] = all boxes.
     cfg.TEST.GS.LEVEL_BOX_SIZE = []
+    # What evaluations during training (TEST.EVAL_PERIOD) leave out; the one after the last iteration and --eval-only
+    # are whole. Above 0: so many evenly spaced images of each test set instead of all.
+    cfg.TEST.GS.PERIODIC_IMAGES = 0
+    # False: a single scale also with PYRAMID.
+    cfg.TEST.GS.PERIODIC_PYRAMID = True
 
 
 def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
@@ -243,6 +248,10 @@ def check_training(cfg):
         raise ValueError(f"SOLVER.GS.ACCUMULATION_STEPS must be at least 1, got {gs.ACCUMULATION_STEPS}")
     if gs.NONFINITE_LOSS not in ("stop", "skip"):
         raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
+    if cfg.TEST.GS.PERIODIC_IMAGES < 0:
+        raise ValueError(
+            f"TEST.GS.PERIODIC_IMAGES must be a number of images, or 0 for all, got {cfg.TEST.GS.PERIODIC_IMAGES}"
+        )
     if not 0 <= gs.EMA_DECAY < 1:
         raise ValueError(f"SOLVER.GS.EMA_DECAY must be at least 0 and below 1, got {gs.EMA_DECAY}")
     if gs.EMA_DECAY > 0 and cfg.TEST.PRECISE_BN.ENABLED:

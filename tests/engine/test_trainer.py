@@ -1,14 +1,17 @@
 """Trainer: settings of the solver that are refused, and what of it others may replace."""
 
+import json
 import logging
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from runs import assert_same_bits, small_config
 
 from gs_d2.config import check_training
 from gs_d2.engine import Trainer
+from gs_d2.inference import PyramidDetector
 
 
 @pytest.mark.parametrize(
@@ -16,6 +19,10 @@ from gs_d2.engine import Trainer
     [
         (("SOLVER.GS.ACCUMULATION_STEPS", 0), r"SOLVER\.GS\.ACCUMULATION_STEPS must be at least 1, got 0"),
         (("SOLVER.GS.NONFINITE_LOSS", "ignore"), r"SOLVER\.GS\.NONFINITE_LOSS must be stop or skip, got 'ignore'"),
+        (
+            ("TEST.GS.PERIODIC_IMAGES", -1),
+            r"TEST\.GS\.PERIODIC_IMAGES must be a number of images, or 0 for all, got -1",
+        ),
         (("SOLVER.GS.EMA_DECAY", 1.0), r"SOLVER\.GS\.EMA_DECAY must be at least 0 and below 1, got 1\.0"),
         (
             ("SOLVER.GS.EMA_DECAY", 0.9, "TEST.PRECISE_BN.ENABLED", True),
@@ -124,6 +131,48 @@ def test_evaluations_are_of_the_averaged_weights_and_training_is_not(drawn_datas
     for path, weights in (("model_0000001.pth", evaluated[0]), ("model_final.pth", evaluated[1])):
         assert_same_bits(torch.load(tmp_path / path, weights_only=True)["model"], weights)
     assert_same_bits(trainer.model.state_dict(), trained[-1])
+
+
+@pytest.mark.parametrize(
+    ("num_images", "pyramid", "left_out"),
+    [
+        (2, False, "subset of 2 images of each test set, single scale. These"),
+        (2, True, "subset of 2 images of each test set. These"),
+        (0, False, "all images, single scale. These"),
+        (0, True, None),
+    ],
+)
+def test_periodic_evaluations_leave_out_what_they_say(
+    drawn_datasets, tmp_path, caplog, monkeypatch, num_images, pyramid, left_out
+):
+    tested_pyramids = []
+    monkeypatch.setattr(
+        PyramidDetector, "eval", lambda self: tested_pyramids.append(self) or torch.nn.Module.eval(self)
+    )
+    opts = ("TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "TEST.GS.PYRAMID", True)
+    opts += ("TEST.GS.SCALES", [0.5, 1.0], "TEST.GS.PERIODIC_IMAGES", num_images, "TEST.GS.PERIODIC_PYRAMID", pyramid)
+    cfg = small_config(drawn_datasets, tmp_path, *opts, "INPUT.MIN_SIZE_TEST", 0)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    size = len(DatasetCatalog.get("engine_train"))
+    assert size > 2
+    with caplog.at_level("INFO", logger="gs_d2"):
+        Trainer(cfg).train()
+
+    assert left_out is None or f"Evaluation after iteration 0: {left_out}" in caplog.text
+    assert len(tested_pyramids) == 1 + pyramid
+    names = {name for line in (tmp_path / "metrics.json").read_text().splitlines() for name in json.loads(line)}
+    assert ("periodic/wider_face/all" in names) == (left_out is not None) and "wider_face/all" in names
+    whole = json.loads((tmp_path / "inference/engine_train/results.json").read_text())
+    assert whole["num_images"] == size and whole["num_missing"] == 0 and "images" not in whole["setting"]
+    assert "0.5, 1 x original" in whole["setting"]["test size"]
+    if left_out is None:
+        assert not (tmp_path / "periodic").exists() and "after iteration 0" not in caplog.text
+        return
+    name = "engine_train_subset_2" if num_images else "engine_train"
+    part = json.loads((tmp_path / "periodic/inference" / name / "results.json").read_text())
+    assert part["num_images"] == (num_images or size) and part["num_missing"] == 0
+    assert part["setting"].get("images") == (f"2 of the {size} images of engine_train" if num_images else None)
+    assert (part["setting"]["test size"] == "original") == (not pyramid)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.5, 0.0), (0.0, 0.5)])
