@@ -47,13 +47,25 @@ class Checkpointer(DetectionCheckpointer):
             evaluated with random layers. False, for training from a backbone: at least one must fit, and those that do
             not are logged. A checkpoint that training is resumed from must fit in any case.
         save_to_disk: None is "in the main process only".
+        weights: gives the state dict that is saved as the model's; None is `model.state_dict`.
         checkpointables: what is saved and resumed besides the model, by name.
     """
 
-    def __init__(self, model, save_dir="", *, allow_pickle=False, strict=False, save_to_disk=None, **checkpointables):
+    def __init__(
+        self,
+        model,
+        save_dir="",
+        *,
+        allow_pickle=False,
+        strict=False,
+        save_to_disk=None,
+        weights=None,
+        **checkpointables,
+    ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.allow_pickle = allow_pickle
         self.strict = strict
+        self._weights = weights or self.model.state_dict
         self._resumed_from = ""
         self._source, self._must_fit = "", strict  # of the load that is going on
 
@@ -207,7 +219,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
+        data = {"model": self._weights()}
         others = {key: value.state_dict() for key, value in self.checkpointables.items()} | kwargs
         data |= {key: _plain(value, key) for key, value in others.items()}
         file_name = f"{name}.pth"

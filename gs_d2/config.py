@@ -122,6 +122,9 @@ def add_gs_config(cfg):
     # When a loss is infinite or NaN: "stop", naming the images and saving the batch, or "skip" that iteration's step
     # (in all processes; it stops all the same after 20 in a row).
     cfg.SOLVER.GS.NONFINITE_LOSS = "stop"
+    # Above 0, say 0.999: evaluations and checkpoints have an exponential moving average of the weights; every optimizer
+    # step keeps this share of it (at first less: docs/training.md). Not scaled to the number of processes. 0 = none.
+    cfg.SOLVER.GS.EMA_DECAY = 0.0
 
     cfg.TEST.GS = CN()
     # Detections below this score (probability) are dropped. Above 0.05 it costs average precision. (RetinaNet has
@@ -147,6 +150,11 @@ def add_gs_config(cfg):
     # True: evaluation on WIDER FACE also gives the AP of each anchor scale's outputs alone (the paper's @16, @32, ...),
     # after an NMS among themselves, which takes more time and memory. Detections stay the same.
     cfg.TEST.GS.AP_BY_SCALE = True
+    # What evaluations during training (TEST.EVAL_PERIOD) leave out; the one after the last iteration and --eval-only
+    # are whole. Above 0: so many evenly spaced images of each test set instead of all.
+    cfg.TEST.GS.PERIODIC_IMAGES = 0
+    # False: a single scale also with PYRAMID.
+    cfg.TEST.GS.PERIODIC_PYRAMID = True
 
 
 def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
@@ -279,6 +287,17 @@ def check_training(cfg):
         raise ValueError(f"SOLVER.GS.OPTIMIZER must be sgd or adamw, got {gs.OPTIMIZER!r}")
     if gs.NONFINITE_LOSS not in ("stop", "skip"):
         raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
+    if cfg.TEST.GS.PERIODIC_IMAGES < 0:
+        raise ValueError(
+            f"TEST.GS.PERIODIC_IMAGES must be a number of images, or 0 for all, got {cfg.TEST.GS.PERIODIC_IMAGES}"
+        )
+    if not 0 <= gs.EMA_DECAY < 1:
+        raise ValueError(f"SOLVER.GS.EMA_DECAY must be at least 0 and below 1, got {gs.EMA_DECAY}")
+    if gs.EMA_DECAY > 0 and cfg.TEST.PRECISE_BN.ENABLED:
+        raise ValueError(
+            f"SOLVER.GS.EMA_DECAY {gs.EMA_DECAY} evaluates averaged weights, and TEST.PRECISE_BN.ENABLED computes the "
+            "statistics of those that are trained: set TEST.PRECISE_BN.ENABLED False"
+        )
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.GS.AUTOCAST_DTYPE == "bfloat16":
         raise ValueError(
             "SOLVER.AMP.ENABLED trains in float16 and MODEL.GS.AUTOCAST_DTYPE bfloat16 in bfloat16: "

@@ -203,7 +203,10 @@ RULES = {
         cfg="builders",
     ),
     "engine without cfg": Rule(  # what other trainers can use
-        files=tuple(f"gs_d2/engine/{name}.py" for name in ("launch", "nonfinite", "seeding", "step", "train_data")),
+        files=tuple(
+            f"gs_d2/engine/{name}.py"
+            for name in ("launch", "nonfinite", "seeding", "step", "train_data", "weight_average")
+        ),
         may=(
             "numpy",
             "torch",

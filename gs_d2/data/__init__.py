@@ -10,6 +10,7 @@ from gs_d2.data.dataset_mapper import FaceDatasetMapper
 from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
 from gs_d2.data.fddb import load_fddb, register_all_fddb, register_fddb
 from gs_d2.data.loaders import build_test_loader, build_training_views
+from gs_d2.data.subset import register_subset
 from gs_d2.data.wider_face import load_wider_face, register_all_wider_face, register_wider_face
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "register_all_wider_face",
     "register_face_eval",
     "register_fddb",
+    "register_subset",
     "register_wider_face",
 ]
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gs_d2.engine.nonfinite import save_batches
 from gs_d2.engine.seeding import STEP, seed_generators
+from gs_d2.engine.weight_average import WeightAverage
 
 _MOST_SKIPPED_IN_A_ROW = 20
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class AccumulatingTrainer(TrainerBase):
         accumulation_steps: int = 1,
         amp: bool = False,
         nonfinite_loss: str = "stop",
+        ema_decay: float = 0.0,
     ):
         """
         Args:
@@ -47,6 +49,7 @@ class AccumulatingTrainer(TrainerBase):
             seed: >= 0, the same in all processes.
             amp: forward passes in float16 with a scaled loss; needs a GPU.
             nonfinite_loss: "stop", or "skip" to leave such an iteration's step out, in all processes.
+            ema_decay: in [0, 1), of the average of the weights (:class:`WeightAverage`); 0 keeps none.
         """
         super().__init__()
         model.train()
@@ -54,6 +57,7 @@ class AccumulatingTrainer(TrainerBase):
         self.seed, self.accumulation_steps, self.amp = seed, accumulation_steps, amp
         self.output_dir, self.nonfinite_loss = output_dir, nonfinite_loss
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
+        self.weight_average = WeightAverage(_unwrapped(model), ema_decay) if ema_decay > 0 else None
         self._batches = None
         self._skipped = self._skipped_in_a_row = 0
 
@@ -82,8 +86,15 @@ class AccumulatingTrainer(TrainerBase):
             return
         self._skipped_in_a_row = 0
         _write_metrics(of_ranks, max(seconds for _, seconds in everyone), data_time)
+        self._step()
+
+    def _step(self):
+        scale = self.grad_scaler.get_scale() if self.weight_average is not None else None
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        # A scaler that lowers its scale has found infinite gradients and left the step out.
+        if self.weight_average is not None and self.grad_scaler.get_scale() >= scale:
+            self.weight_average.update()
 
     @property
     def _data_loader_iter(self):
@@ -154,6 +165,8 @@ class AccumulatingTrainer(TrainerBase):
         }
         if self.amp:
             state["grad_scaler"] = self.grad_scaler.state_dict()
+        if self.weight_average is not None:
+            state["weight_average"] = self.weight_average.state_dict()
         return state
 
     def load_state_dict(self, state_dict):
@@ -162,6 +175,25 @@ class AccumulatingTrainer(TrainerBase):
         self._skipped, self._skipped_in_a_row = state_dict.get("skipped", (0, 0))
         if self.amp and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self._load_weight_average(state_dict.get("weight_average"))
+
+    def _load_weight_average(self, state: dict | None):
+        if state is None:
+            if self.weight_average is not None:
+                _logger.info("The checkpoint has no average of the weights: it begins with the weights as they are now")
+            return
+        average = self.weight_average
+        if average is None:
+            _logger.warning(
+                "The checkpoint has an average of the weights, and SOLVER.GS.EMA_DECAY is 0: training goes on without "
+                "it, from the weights that were averaged"
+            )
+            average = WeightAverage(_unwrapped(self.model), 0.0)
+        average.load_state_dict(state)
+
+
+def _unwrapped(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _mean_losses(passes: list[dict]) -> dict:

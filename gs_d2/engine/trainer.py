@@ -7,7 +7,7 @@ import weakref
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -18,10 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import check_training, detection_limits
-from gs_d2.data import build_test_loader, build_training_views
+from gs_d2.data import build_test_loader, build_training_views, register_subset
 from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
-from gs_d2.evaluation import CocoRecallEvaluator, FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
+from gs_d2.evaluation import (
+    CocoRecallEvaluator,
+    CocoSubsetEvaluator,
+    FaceEvalEvaluator,
+    FDDBEvaluator,
+    WiderFaceEvaluator,
+)
 from gs_d2.inference import PyramidDetector
 
 EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
@@ -62,12 +68,35 @@ class Trainer(DefaultTrainer):
             accumulation_steps=cfg.SOLVER.GS.ACCUMULATION_STEPS,
             amp=cfg.SOLVER.AMP.ENABLED,
             nonfinite_loss=cfg.SOLVER.GS.NONFINITE_LOSS,
+            ema_decay=cfg.SOLVER.GS.EMA_DECAY,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = self.build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        average = self._trainer.weight_average
+        options = {} if average is None else {"weights": average.averaged_state_dict}
+        self.checkpointer = self.build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **options)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self):
+        """Detectron2's, but evaluations are of the averaged weights where there are any."""
+        evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        return [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+
+    def _evaluate(self):
+        cfg, short_cut = self.cfg, ""
+        if self.iter < self.max_iter:  # not at the end, when all iterations have been counted
+            cfg, short_cut = periodic_config(cfg)
+        if short_cut:
+            _logger.info(
+                f"Evaluation after iteration {self.iter}: {short_cut}. These figures, periodic/... in TensorBoard, are "
+                "not those of the whole test, which comes after the last iteration"
+            )
+        average = self._trainer.weight_average
+        with contextlib.nullcontext() if average is None else average.swapped_in():
+            results = self.test(cfg, self.model)
+        self._last_eval_results = {"periodic": results} if results and short_cut else results
+        return self._last_eval_results
 
     @classmethod
     def build_checkpointer(cls, model, save_dir, **options):
@@ -125,13 +154,16 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        metadata = MetadataCatalog.get(dataset_name)
+        evaluator_type, subset_of = metadata.get("evaluator_type"), metadata.get("subset_of")
+        setting = {**({"images": subset_of} if subset_of else {}), **test_setting(cfg)}
         if evaluator_type in EVALUATORS:
-            return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=test_setting(cfg))
+            return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=setting)
         if evaluator_type == "coco" and cfg.MODEL.META_ARCHITECTURE == "RPNDetector":  # it knows no classes
-            return CocoRecallEvaluator(dataset_name, output_folder, setting=test_setting(cfg))
+            return CocoRecallEvaluator(dataset_name, output_folder, setting=setting)
         if evaluator_type == "coco":
-            return COCOEvaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
+            evaluator = CocoSubsetEvaluator if subset_of else COCOEvaluator
+            return evaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
@@ -175,6 +207,27 @@ def _with_seed(cfg):
     cfg.freeze()
     _logger.info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
     return cfg
+
+
+def periodic_config(cfg):
+    """The config that periodic evaluations use, and in words what they leave out: "" for nothing, with `cfg` itself.
+
+    TEST.GS.PERIODIC_IMAGES and PERIODIC_PYRAMID say what. With either, files go to OUTPUT_DIR/periodic.
+    """
+    num_images, single_scale = cfg.TEST.GS.PERIODIC_IMAGES, cfg.TEST.GS.PYRAMID and not cfg.TEST.GS.PERIODIC_PYRAMID
+    if not num_images and not single_scale:
+        return cfg, ""
+    left_out = [f"subset of {num_images} images of each test set" if num_images else "all images"]
+    left_out += ["single scale"] if single_scale else []
+    cfg = cfg.clone()
+    cfg.defrost()
+    if single_scale:
+        cfg.TEST.GS.PYRAMID = False
+    if num_images:
+        cfg.DATASETS.TEST = tuple(register_subset(name, num_images) for name in cfg.DATASETS.TEST)
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "periodic")
+    cfg.freeze()
+    return cfg, ", ".join(left_out)
 
 
 def test_setting(cfg):

@@ -8,6 +8,7 @@ from importlib import import_module
 
 _EXPORTS = {
     "CocoRecallEvaluator": "coco_recall_evaluator",
+    "CocoSubsetEvaluator": "coco_subset_evaluator",
     "FDDBEvaluator": "fddb_evaluator",
     "FaceEvalEvaluator": "face_eval_evaluator",
     "WiderFaceEvaluator": "wider_face_evaluator",

@@ -32,7 +32,8 @@ class CocoRecallEvaluator(DetectionEvaluator):
     where the data set has no object of a size.
 
     Args:
-        dataset_name: a data set registered in COCO's format: its metadata has `json_file`.
+        dataset_name: a data set registered in COCO's format: its metadata has `json_file`, and `image_ids` if only
+            these images of the file are to be evaluated.
         output_dir: where results.json goes. None: nothing is written.
         distributed, setting: as :class:`DetectionEvaluator`.
         limits: the most detections of an image that count, ascending.
@@ -47,10 +48,12 @@ class CocoRecallEvaluator(DetectionEvaluator):
 
     def _evaluate(self, records):
         with contextlib.redirect_stdout(io.StringIO()):
-            ground_truth = COCO(MetadataCatalog.get(self._dataset_name).json_file)
-            image_ids = ground_truth.getImgIds()
+            metadata = MetadataCatalog.get(self._dataset_name)
+            ground_truth = COCO(metadata.json_file)
+            image_ids = metadata.get("image_ids") or ground_truth.getImgIds()
             self._not_processed(image_ids, records)
             evaluation = COCOeval(ground_truth, _as_coco(ground_truth, self._in_order(image_ids, records)), "bbox")
+            evaluation.params.imgIds = image_ids
             evaluation.params.useCats = 0
             evaluation.params.maxDets = self._limits
             evaluation.evaluate()

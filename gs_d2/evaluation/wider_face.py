@@ -99,6 +99,19 @@ class WiderGroundTruth:
                 subsets |= {f"{attribute}.{name}": labels[attribute] == i for i, name in enumerate(names)}
         return cls(image_ids, all_boxes, offsets, subsets)
 
+    def of_images(self, image_ids: Iterable[str]) -> "WiderGroundTruth":
+        """The ground truth of those of its images that are in `image_ids`, in its own order."""
+        wanted = set(image_ids)
+        images = np.array([i for i, image_id in enumerate(self.image_ids) if image_id in wanted], dtype=np.int64)
+        counts = np.diff(self.offsets)
+        rows = np.repeat(np.isin(np.arange(len(counts)), images), counts)
+        return WiderGroundTruth(
+            [self.image_ids[i] for i in images],
+            self.boxes[rows],
+            np.cumsum([0, *counts[images]]),
+            {name: mask[rows] for name, mask in self.subsets.items()},
+        )
+
     @classmethod
     def from_mat_files(cls, path: str | os.PathLike) -> "WiderGroundTruth":
         """Reads the official `wider_{face,easy,medium,hard}_val.mat` from a folder or a zip, at any depth.

@@ -35,7 +35,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
         dataset_name: a registered WIDER dataset. Its dicts have `image_id` "<event>/<image>", `gt_boxes` (n,
             4) XYXY and `attributes`; its metadata has `ground_truth_dir`, the folder of the official `.mat`
             files. Without these files only `all` and `all_valid` (and the attributes) can be computed, from
-            the dicts.
+            the dicts. With `image_ids` in the metadata only these images of the files are evaluated.
         output_dir: where predictions, results.json, pr_curves.npz and pr_curve.png go. None: nothing is
             written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
@@ -72,12 +72,14 @@ class WiderFaceEvaluator(DetectionEvaluator):
         return OrderedDict({"wider_face": figures})
 
     def _ground_truth(self, detections) -> WiderGroundTruth:
-        folder = getattr(MetadataCatalog.get(self._dataset_name), "ground_truth_dir", None)
+        metadata = MetadataCatalog.get(self._dataset_name)
+        folder = metadata.get("ground_truth_dir")
         if folder and os.path.exists(os.path.join(folder, "wider_face_val.mat")):
             ground_truth = WiderGroundTruth.from_mat_files(folder)
             # The training images, or a dataset of the user's own, are not in the official files of val.
             if not detections or not detections.keys().isdisjoint(ground_truth.image_ids):
-                return ground_truth
+                image_ids = metadata.get("image_ids")
+                return ground_truth if image_ids is None else ground_truth.of_images(image_ids)
         dicts = DatasetCatalog.get(self._dataset_name)
         ground_truth = WiderGroundTruth.from_boxes(
             [d["image_id"] for d in dicts],

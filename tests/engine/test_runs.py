@@ -53,6 +53,7 @@ def test_without_a_seed_runs_differ(drawn_datasets, tmp_path):
 # Killed and resumed
 
 ITERATIONS = ("SOLVER.MAX_ITER", 9, "SOLVER.STEPS", (4, 7), "SOLVER.CHECKPOINT_PERIOD", 2)
+AVERAGED = ("SOLVER.GS.EMA_DECAY", 0.5)
 
 
 def kill_in(trainer, iteration, seconds):
@@ -77,16 +78,24 @@ def train_and_be_killed(datasets, output, *opts, iteration, seconds):
 
 @pytest.fixture(scope="module")
 def uninterrupted(drawn_datasets, tmp_path_factory):
+    """With an average of the weights, which must not change those that are trained."""
     output = tmp_path_factory.mktemp("uninterrupted")
-    Processes(train, drawn_datasets, output, *ITERATIONS).wait()
+    Processes(train, drawn_datasets, output, *ITERATIONS, *AVERAGED).wait()
     return final(output)
 
 
+def trained_weights(checkpoint) -> dict:
+    average = checkpoint["trainer"]["_trainer"].get("weight_average", {"training_weights": {}})
+    return {**checkpoint["model"], **average["training_weights"]}
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_and_resumed_is_as_if_it_had_not_been(drawn_datasets, uninterrupted, tmp_path, seed, num_workers):
+@pytest.mark.parametrize(("seed", "average"), [(0, ()), (1, AVERAGED)])
+def test_killed_and_resumed_is_as_if_it_had_not_been(
+    drawn_datasets, uninterrupted, tmp_path, seed, average, num_workers
+):
     rng = random.Random(10 * seed + num_workers)
-    opts = (*ITERATIONS, "DATALOADER.NUM_WORKERS", num_workers)
+    opts = (*ITERATIONS, *average, "DATALOADER.NUM_WORKERS", num_workers)
     iteration, seconds = rng.randrange(3, 7), rng.uniform(0, 0.08)
     killed = Processes(train_and_be_killed, drawn_datasets, tmp_path, *opts, iteration=iteration, seconds=seconds)
     assert killed.exitcodes() == [-signal.SIGKILL]
@@ -95,7 +104,12 @@ def test_killed_and_resumed_is_as_if_it_had_not_been(drawn_datasets, uninterrupt
     assert start >= 2, "it began anew"
     resumed = final(tmp_path)
     assert resumed["iteration"] == uninterrupted["iteration"] == 8
-    assert_same_bits(resumed["model"], uninterrupted["model"])
+    assert_same_bits(trained_weights(resumed), trained_weights(uninterrupted))
+    if average:
+        assert_same_bits(resumed["model"], uninterrupted["model"])
+        assert resumed["trainer"]["_trainer"]["weight_average"]["updates"] == 9
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same_bits(resumed["model"], trained_weights(resumed))
     ours, whole = (checkpoint["trainer"]["_trainer"]["optimizer"] for checkpoint in (resumed, uninterrupted))
     assert ours["param_groups"] == whole["param_groups"]
     for index, state in whole["state"].items():
