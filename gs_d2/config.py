@@ -125,6 +125,9 @@ def add_gs_config(cfg):
     # Above 0, say 0.999: evaluations and checkpoints have an exponential moving average of the weights; every optimizer
     # step keeps this share of it (at first less: docs/training.md). Not scaled to the number of processes. 0 = none.
     cfg.SOLVER.GS.EMA_DECAY = 0.0
+    # With SOLVER.LR_SCHEDULER_NAME "WarmupFlatDecayLR": the rate is flat after the warm-up and falls linearly over this
+    # many last iterations; STEPS and GAMMA are not read. A flat run can be resumed with another MAX_ITER.
+    cfg.SOLVER.GS.DECAY_ITERS = 0
 
     cfg.TEST.GS = CN()
     # Detections below this score (probability) are dropped. Above 0.05 it costs average precision. (RetinaNet has
@@ -274,6 +277,27 @@ def check_pyramid(cfg):
         )
 
 
+FLAT_DECAY = "WarmupFlatDecayLR"
+
+
+def _check_schedule(cfg):
+    solver, decay_iters = cfg.SOLVER, cfg.SOLVER.GS.DECAY_ITERS
+    if solver.LR_SCHEDULER_NAME != FLAT_DECAY:
+        if decay_iters != 0:
+            raise ValueError(
+                f"SOLVER.GS.DECAY_ITERS {decay_iters} does nothing in {solver.LR_SCHEDULER_NAME}: "
+                f"set SOLVER.LR_SCHEDULER_NAME {FLAT_DECAY}, or DECAY_ITERS 0"
+            )
+        return
+    if decay_iters < 1:
+        raise ValueError(f"SOLVER.GS.DECAY_ITERS must be at least 1 with {FLAT_DECAY}, got {decay_iters}")
+    if solver.WARMUP_ITERS + decay_iters > solver.MAX_ITER:
+        raise ValueError(
+            f"SOLVER.MAX_ITER {solver.MAX_ITER} has no room for SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} and "
+            f"SOLVER.GS.DECAY_ITERS {decay_iters}: lower them, or raise MAX_ITER"
+        )
+
+
 def check_training(cfg):
     """Refuses settings of the solver that contradict each other or have no meaning.
 
@@ -287,6 +311,7 @@ def check_training(cfg):
         raise ValueError(f"SOLVER.GS.OPTIMIZER must be sgd or adamw, got {gs.OPTIMIZER!r}")
     if gs.NONFINITE_LOSS not in ("stop", "skip"):
         raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
+    _check_schedule(cfg)
     if cfg.TEST.GS.PERIODIC_IMAGES < 0:
         raise ValueError(
             f"TEST.GS.PERIODIC_IMAGES must be a number of images, or 0 for all, got {cfg.TEST.GS.PERIODIC_IMAGES}"

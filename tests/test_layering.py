@@ -205,13 +205,24 @@ RULES = {
     "engine without cfg": Rule(  # what other trainers can use
         files=tuple(
             f"gs_d2/engine/{name}.py"
-            for name in ("launch", "nonfinite", "seeding", "step", "train_data", "weight_average")
+            for name in (
+                "launch",
+                "nonfinite",
+                "schedule",
+                "seeding",
+                "step",
+                "train_data",
+                "watchdog",
+                "weight_average",
+            )
         ),
         may=(
             "numpy",
             "torch",
+            "fvcore.common.param_scheduler",
             "detectron2.data",
             "detectron2.engine",
+            "detectron2.evaluation",
             "detectron2.structures",
             "detectron2.utils",
             "gs_d2.compat",
@@ -225,6 +236,7 @@ RULES = {
             "detectron2.data",
             "detectron2.engine",
             "detectron2.evaluation",
+            "detectron2.solver",
             "detectron2.utils",
             "gs_d2.checkpoint",
             "gs_d2.compat",

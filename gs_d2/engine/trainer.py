@@ -8,8 +8,8 @@ import weakref
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator
-from detectron2.solver import get_default_optimizer_params
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.solver import LRMultiplier, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -17,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
-from gs_d2.config import check_training, detection_limits
+from gs_d2.config import FLAT_DECAY, check_training, detection_limits
 from gs_d2.data import build_test_loader, build_training_views, register_subset
+from gs_d2.engine.schedule import FlatThenDecay
 from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
+from gs_d2.engine.watchdog import DetectionWatch, TrainingWatch
 from gs_d2.evaluation import (
     CocoRecallEvaluator,
     CocoSubsetEvaluator,
@@ -78,10 +80,37 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers):
+        """Detectron2's, and SOLVER.GS.DECAY_ITERS as it scales MAX_ITER."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg and cfg.SOLVER.GS.DECAY_ITERS > 0:
+            decay_iters = cfg.SOLVER.GS.DECAY_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
+            frozen = scaled.is_frozen()
+            scaled.defrost()
+            scaled.SOLVER.GS.DECAY_ITERS = max(1, round(decay_iters))
+            if frozen:
+                scaled.freeze()
+        return scaled
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        if cfg.SOLVER.LR_SCHEDULER_NAME != FLAT_DECAY:
+            return super().build_lr_scheduler(cfg, optimizer)
+        multiplier = FlatThenDecay(
+            max_iter=cfg.SOLVER.MAX_ITER,
+            decay_iters=cfg.SOLVER.GS.DECAY_ITERS,
+            warmup_iters=cfg.SOLVER.WARMUP_ITERS,
+            warmup_factor=cfg.SOLVER.WARMUP_FACTOR,
+            warmup_method=cfg.SOLVER.WARMUP_METHOD,
+        )
+        return LRMultiplier(optimizer, multiplier=multiplier, max_iter=cfg.SOLVER.MAX_ITER)
+
     def build_hooks(self):
-        """Detectron2's, but evaluations are of the averaged weights where there are any."""
+        """Detectron2's, with evaluations of the averaged weights where there are any, and a watch over the scores."""
         evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
-        return [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+        built = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+        return [*built, TrainingWatch()] if comm.is_main_process() else built
 
     def _evaluate(self):
         cfg, short_cut = self.cfg, ""
@@ -112,6 +141,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
+        if evaluators is None:
+            scales = _anchor_scales(model)
+            evaluators = [
+                DatasetEvaluators([cls.build_evaluator(cfg, name), DetectionWatch(name, scales)])
+                for name in cfg.DATASETS.TEST
+            ]
         with _detections_by_scale(cfg, model):
             return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
 
@@ -179,6 +214,29 @@ class Trainer(DefaultTrainer):
             _logger.warning(
                 "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum begins anew"
             )
+        if self.cfg.SOLVER.LR_SCHEDULER_NAME == FLAT_DECAY and "LRScheduler" in state_dict.get("hooks", {}):
+            self._resume_rate()
+
+    def _resume_rate(self):
+        """Sets the next iteration's rate by this run's schedule; the checkpoint's is by that of its own run."""
+        groups, rates, base = self.optimizer.param_groups, self.scheduler.get_lr(), self.scheduler.base_lrs[0]
+        before, now, solver = groups[0]["lr"], rates[0], self.cfg.SOLVER
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        done, decay_iters = self.iter + 1, solver.GS.DECAY_ITERS
+        if before < now and done >= solver.WARMUP_ITERS:
+            _logger.warning(
+                f"The checkpoint after {done} iterations lies inside the decay of the run that wrote it: its rate was "
+                f"{before:.3g} of {base:.3g}. It now goes on at {now:.3g}, and is not what a run of SOLVER.MAX_ITER "
+                f"{solver.MAX_ITER} would have been. For that resume from an earlier checkpoint: write its name into "
+                f"{os.path.join(self.cfg.OUTPUT_DIR, 'last_checkpoint')}"
+            )
+        elif before > now:
+            _logger.warning(
+                f"The rate falls at once from {before:.3g} to {now:.3g}, since SOLVER.MAX_ITER {solver.MAX_ITER} "
+                f"leaves {solver.MAX_ITER - done} iterations of the decay's {decay_iters}: set SOLVER.MAX_ITER "
+                f"{done + decay_iters} for all of it"
+            )
 
 
 @contextlib.contextmanager
@@ -207,6 +265,12 @@ def _with_seed(cfg):
     cfg.freeze()
     _logger.info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
     return cfg
+
+
+def _anchor_scales(model) -> list[float]:
+    """In pixels; [] of a detector that has no proposal generator of this project."""
+    generator = getattr(getattr(model, "module", model), "proposal_generator", None)
+    return list(getattr(getattr(generator, "anchor_generator", None), "scales", []))
 
 
 def periodic_config(cfg):

@@ -124,6 +124,10 @@ def log_group_statistics(
 ):
     """Into TensorBoard, by scale: boxes matched and drawn, per image, and the mean loss of those drawn.
 
+    And of their scores, the probability of being no background that the loss stands for: "pos_score" and "neg_score",
+    the means of positives and negatives, and "distinct_scores", how many different ones there are (to 1e-6) over the
+    number drawn. Where nothing of the kind was drawn there is no value.
+
     Args:
         name: prefix of the curves, "groups" for the first stage.
         scale_idxs (int64 Tensor[R] or [B, R]), match_labels, sampled_labels (int8 Tensor[B, R]), cls_losses
@@ -149,3 +153,23 @@ def log_group_statistics(
     for label, row in zip(statistics, values, strict=True):
         for scale, value in zip(scales, row, strict=True):
             storage.put_scalar(f"{name}/{label}@{scale:g}", value, smoothing_hint=False)
+    rows = torch.nonzero(drawn.flatten())[:, 0]
+    of_rows = [x.expand_as(drawn).flatten()[rows] for x in (scale_idxs, sampled_labels, cls_losses.detach())]
+    for label, value in _score_statistics(scales, *(x.cpu() for x in of_rows)).items():
+        storage.put_scalar(f"{name}/{label}", value, smoothing_hint=False)
+
+
+def _score_statistics(scales: list[float], scale_idxs: Tensor, labels: Tensor, losses: Tensor) -> dict[str, float]:
+    """Of S boxes drawn."""
+    positive = labels == 1
+    scores = torch.where(positive, torch.exp(-losses), -torch.expm1(-losses))
+    statistics = {}
+    for i, scale in enumerate(scales):
+        of_scale = scale_idxs == i
+        if of_scale.any():
+            different = torch.unique((scores[of_scale] * 1e6).round()).numel()
+            statistics[f"distinct_scores@{scale:g}"] = different / int(of_scale.sum())
+        for label, mask in (("pos_score", of_scale & positive), ("neg_score", of_scale & ~positive)):
+            if mask.any():
+                statistics[f"{label}@{scale:g}"] = float(scores[mask].mean())
+    return statistics

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Processes, assert_same_bits
 from test_step import BAD, Model, image, run, trainer_of
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gs_d2.engine.weight_average import WeightAverage
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(0.0, 0.999))
 def test_it_is_the_textbooks_recursion(values, decay):
     model = nn.Linear(1, 1, bias=False).double()

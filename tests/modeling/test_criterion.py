@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.utils.events import EventStorage
 
-from gs_d2.modeling.criterion import CLS_LOSS_TYPES, GroupCriterion
+from gs_d2.modeling.criterion import CLS_LOSS_TYPES, GroupCriterion, log_group_statistics
 from gs_d2.modeling.losses import focal_weights, group_sums
 
 TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
@@ -249,3 +250,44 @@ def test_a_wrong_type_is_named():
         ValueError, match="BBOX_REG_LOSS_TYPE must be one of smooth_l1, least_square_iou, iou, got 'diou'"
     ):
         criterion(box_reg_loss_type="diou")
+
+
+def test_scores_of_a_scale_are_logged():
+    """Against the probabilities that the losses come from; a scale without samples, or without faces, has no value."""
+    generator = torch.Generator().manual_seed(0)
+    logits, scale_idxs = torch.randn(2, 60, 2, generator=generator), torch.arange(60) % 4
+    sampled = torch.randint(-1, 2, (2, 60), generator=generator).to(torch.int8)
+    sampled[:, scale_idxs == 1] = -1
+    sampled[:, scale_idxs == 2] = -sampled[:, scale_idxs == 2].abs() + 0
+    logits[:, scale_idxs == 3] = torch.tensor([1.0, -0.5])
+    losses = cross_entropy(logits.view(-1, 2), sampled.view(-1)).view(2, 60)
+    for idxs in (scale_idxs, scale_idxs.expand(2, 60)):
+        with EventStorage(0) as storage:
+            log_group_statistics("groups", [16.0, 32.0, 64.0, 90.5], idxs, sampled, sampled, losses)
+            found = {name: value for name, (value, _) in storage.latest().items() if "score" in name}
+        expected = {}
+        for i, scale in enumerate(("16", "32", "64", "90.5")):
+            scores = {label: [] for label in (-1, 0, 1)}
+            for image in range(2):
+                for box in range(60):
+                    if scale_idxs[box] == i:
+                        scores[int(sampled[image, box])].append(float(logits[image, box].double().softmax(dim=0)[1]))
+            if scores[0] or scores[1]:
+                drawn = scores[0] + scores[1]
+                expected[f"groups/distinct_scores@{scale}"] = len({round(score, 6) for score in drawn}) / len(drawn)
+            for label, name in ((0, "neg_score"), (1, "pos_score")):
+                if scores[label]:
+                    expected[f"groups/{name}@{scale}"] = sum(scores[label]) / len(scores[label])
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert found["groups/distinct_scores@16"] > 0.9 > 0.1 > found["groups/distinct_scores@90.5"]
+        assert "groups/pos_score@64" not in found and "groups/neg_score@64" in found
+        assert "groups/distinct_scores@32" not in found
+
+
+def test_statistics_are_logged_now_and_then():
+    for iteration, count in ((19, 0), (20, 1)):
+        with EventStorage(iteration) as storage:
+            log_group_statistics(
+                "groups", [16.0], torch.zeros(4).long(), *torch.zeros(2, 1, 4, dtype=torch.int8), torch.ones(1, 4)
+            )
+            assert len(storage.latest()) == 7 * count
