@@ -1,6 +1,7 @@
 """This project's config keys, the only reader of config files, and the check that a config can train the method."""
 
 import io
+import math
 import os
 
 import yaml
@@ -116,6 +117,8 @@ def add_gs_config(cfg):
     # "sgd", Detectron2's and the paper's, or "adamw" with betas (SOLVER.MOMENTUM, 0.999): small networks without
     # BatchNorm learn several times faster with it; BASE_LR is then about 0.001 and WEIGHT_DECAY 0.01.
     cfg.SOLVER.GS.OPTIMIZER = "sgd"
+    # Factor of the rates of the backbone without its top-down path, positive: below 1 spares pretrained weights.
+    cfg.SOLVER.GS.BACKBONE_MULTIPLIER = 1.0
     # Every iteration runs this many batches of SOLVER.IMS_PER_BATCH images forward and backward, averages their
     # gradients and makes one optimizer step: the effective batch is the product. BASE_LR and MAX_ITER stay as they are.
     cfg.SOLVER.GS.ACCUMULATION_STEPS = 1
@@ -309,6 +312,8 @@ def check_training(cfg):
         raise ValueError(f"SOLVER.GS.ACCUMULATION_STEPS must be at least 1, got {gs.ACCUMULATION_STEPS}")
     if gs.OPTIMIZER not in ("sgd", "adamw"):
         raise ValueError(f"SOLVER.GS.OPTIMIZER must be sgd or adamw, got {gs.OPTIMIZER!r}")
+    if not 0 < gs.BACKBONE_MULTIPLIER < math.inf:
+        raise ValueError(f"SOLVER.GS.BACKBONE_MULTIPLIER must be positive, got {gs.BACKBONE_MULTIPLIER}")
     if gs.NONFINITE_LOSS not in ("stop", "skip"):
         raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
     _check_schedule(cfg)

@@ -204,7 +204,7 @@ def test_config_keys():
             "RETINANET_DILATED_HEAD",
         ),
         (cfg.INPUT.GS, "SCALES MAX_CROP_SIZE MIN_FACE_SIZE"),
-        (cfg.SOLVER.GS, "ACCUMULATION_STEPS NONFINITE_LOSS OPTIMIZER"),
+        (cfg.SOLVER.GS, "ACCUMULATION_STEPS NONFINITE_LOSS OPTIMIZER BACKBONE_MULTIPLIER"),
         (cfg.TEST.GS, "SCORE_THRESH PYRAMID SCALES MAX_SIZE FLIP BOX_VOTING LEVEL_BOX_SIZE"),
     ):
         assert set(keys.split()) <= set(node)

@@ -230,6 +230,12 @@ RULES = {
         ),
         never=(TORCH_OPS_DIRECTLY,),
     ),
+    "optimizer": Rule(
+        files=("gs_d2/engine/optimizer.py",),
+        may=("torch", "detectron2.solver"),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
     "engine": Rule(  # puts the others together, for training
         files=("gs_d2/engine/*.py",),
         may=(

@@ -5,12 +5,10 @@ import logging
 import os
 import weakref
 
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
-from detectron2.solver import LRMultiplier, get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +17,7 @@ import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import FLAT_DECAY, check_training, detection_limits
 from gs_d2.data import build_test_loader, build_training_views, register_subset
+from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.schedule import FlatThenDecay
 from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
@@ -152,19 +151,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """Detectron2's SGD, or AdamW (SOLVER.GS.OPTIMIZER) with the same groups of parameters and gradient clipping."""
-        if cfg.SOLVER.GS.OPTIMIZER == "sgd":
-            return super().build_optimizer(cfg, model)
-        parameters = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = torch.optim.AdamW(parameters, cfg.SOLVER.BASE_LR, betas=(cfg.SOLVER.MOMENTUM, 0.999))
-        return maybe_add_gradient_clipping(cfg, optimizer)
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):

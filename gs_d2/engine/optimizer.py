@@ -1,0 +1,50 @@
+"""The optimizer of a config: Detectron2's SGD or AdamW, and a rate of its own for a pretrained backbone."""
+
+import torch
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
+    """SOLVER.GS.OPTIMIZER, with Detectron2's parameter groups (weight decay of norms and biases, rate of biases) and
+    gradient clipping. SOLVER.GS.BACKBONE_MULTIPLIER scales the rates of what `model.backbone.bottom_up` holds (of
+    `model.backbone` where it has no such part)."""
+    solver = cfg.SOLVER
+    if solver.GS.OPTIMIZER == "sgd" and solver.GS.BACKBONE_MULTIPLIER == 1:
+        return build_detectron2_optimizer(cfg, model)
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    groups = _slow_down(groups, _pretrained_part(model), solver.GS.BACKBONE_MULTIPLIER)
+    if solver.GS.OPTIMIZER == "sgd":
+        optimizer = torch.optim.SGD(groups, solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    else:
+        optimizer = torch.optim.AdamW(groups, solver.BASE_LR, betas=(solver.MOMENTUM, 0.999))
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _pretrained_part(model: nn.Module) -> set[nn.Parameter]:
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        return set()
+    return set(getattr(backbone, "bottom_up", backbone).parameters())
+
+
+def _slow_down(groups: list[dict], parameters: set[nn.Parameter], factor: float) -> list[dict]:
+    """The groups, those of `parameters` apart and with `factor` times the rate."""
+    split = []
+    for group in groups:
+        for is_slow in (False, True):
+            members = [parameter for parameter in group["params"] if (parameter in parameters) == is_slow]
+            if members:
+                split.append({**group, "params": members, "lr": group["lr"] * (factor if is_slow else 1)})
+    return split
