@@ -110,6 +110,14 @@ def convert(state_dict: dict[str, torch.Tensor]) -> tuple[int, dict[str, np.ndar
     expected = shapes[depth]
     if not expected.keys() & found.keys():
         raise ValueError(f"not a torchvision ResNet: it holds {listed(found)}")
+    problems = problems_of(found, expected)
+    if problems:
+        raise ValueError(f"not torchvision's ResNet-{depth}, the nearest: {'; '.join(problems)}")
+    return depth, {detectron2_name(name): found[name].detach().float().numpy() for name in expected}
+
+
+def problems_of(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    """What keeps tensors from being those expected by name and shape; each must be of finite floating-point numbers."""
     problems = []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"missing {listed(missing)}")
@@ -122,11 +130,9 @@ def convert(state_dict: dict[str, torch.Tensor]) -> tuple[int, dict[str, np.ndar
         if tuple(found[name].shape) != expected[name]
     ]:
         problems.append(f"of another shape {listed(misshapen)}")
-    elif unusable := [name for name in both if not _is_finite(found[name])]:
+    elif unusable := [name for name in both if not is_finite(found[name])]:
         problems.append(f"not finite floating-point numbers {listed(unusable)}")
-    if problems:
-        raise ValueError(f"not torchvision's ResNet-{depth}, the nearest: {'; '.join(problems)}")
-    return depth, {detectron2_name(name): found[name].detach().float().numpy() for name in expected}
+    return problems
 
 
 def detectron2_name(name: str) -> str:
@@ -162,7 +168,8 @@ def _expected_shapes(depth):
     return {name: tuple(value.shape) for name, value in net.state_dict().items() if not _LEFT_OUT.fullmatch(name)}
 
 
-def _is_finite(tensor):
+def is_finite(tensor) -> bool:
+    """Whether a tensor is plain, on the CPU, and of floating-point numbers that are all finite."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
     return plain and bool(torch.isfinite(tensor.detach().float()).all())
 
