@@ -385,6 +385,7 @@ VIOLATIONS = [
         "gs_d2.config.check_config",
     ),
     ("engine without cfg", "gs_d2/engine/train_data.py", "def build(cfg):\n    pass", "cfg"),
+    ("optimizer", "gs_d2/engine/optimizer.py", "from detectron2 import data", "detectron2.data"),
     ("engine", "gs_d2/engine/trainer.py", "from gs_d2 import ops", "gs_d2.ops"),
     ("engine", "gs_d2/engine/__init__.py", "from gs_d2 import visualization", "gs_d2.visualization"),
     ("export", "gs_d2/inference/export.py", "import onnx", "onnx"),
