@@ -16,6 +16,7 @@ if sys.version_info < MIN_PYTHON:
     sys.exit("gs_d2 needs Python {}.{} or newer, this is {}.{}".format(*MIN_PYTHON, *sys.version_info[:2]))
 
 from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest that the one binary loads under
@@ -104,6 +105,17 @@ def is_toolkit(home):
     return all(os.path.exists(os.path.join(home, file)) for file in ("bin/nvcc", "include/cuda_runtime.h"))
 
 
+class BuildPy(build_py):
+    """The configs travel in the wheel, beside gs_d2/model_zoo; an editable install finds them in the checkout."""
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            target = os.path.join(self.build_lib, "gs_d2", "model_zoo", "configs")
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+            shutil.copytree(os.path.join(ROOT, "configs"), target, ignore=shutil.ignore_patterns("README.md"))
+
+
 ext_module, build_ext = extension()
 setup(
     name="gs_d2",
@@ -111,12 +123,13 @@ setup(
     description="Scale-invariant face detection by group sampling, on Detectron2",
     license="Apache-2.0",
     packages=find_packages(include=["gs_d2", "gs_d2.*"]),
+    package_data={"gs_d2.model_zoo": ["weights/*"]},
     python_requires=">={}.{}".format(*MIN_PYTHON),
     # Detectron2 is not listed: the package index has no official build of it (tools/install_detectron2.py).
     install_requires=["torch>=2.10", "numpy"],
     extras_require={"detection": ["torchvision", "scipy", "pycocotools", "fvcore", "matplotlib"]},
     ext_modules=[ext_module],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": build_ext, "build_py": BuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     zip_safe=False,
 )

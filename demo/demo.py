@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Finds faces in pictures, a video or a webcam's images, and draws them.
 
-python demo/demo.py --config-file configs/quick/demo.yaml --input picture.jpg --output faces.jpg \\
-    --opts MODEL.WEIGHTS output/demo/model_final.pth
-python demo/demo.py --config-file ... --input holidays/ 'more/*.jpg' --output pictures/ --opts MODEL.WEIGHTS ...
+python demo/demo.py --input picture.jpg --output faces.jpg
+python demo/demo.py --input holidays/ 'more/*.jpg' --output pictures/
+python demo/demo.py --config-file configs/quick/demo.yaml --input ... --opts MODEL.WEIGHTS output/demo/model_final.pth
 
-It tests at several scales. A config that has a single one is run at 0.25, 0.5 and 1 x the file's size, since large
-faces would be missed otherwise; --opts TEST.GS.PYRAMID False keeps it at one, TEST.GS.SCALES [0.5,1.0] names others.
+Without --config-file it is the detector that comes with gs_d2, on the file's own size. A config of your own that has a
+single scale is run at 0.25, 0.5 and 1 x the file's size, since large faces would be missed otherwise; --opts
+TEST.GS.PYRAMID False keeps it at one, TEST.GS.SCALES [0.5,1.0] names others.
 The exit code is 1 if a picture could not be read; the others are done all the same.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageShow
 from tqdm import tqdm
 
+from gs_d2 import model_zoo
 from gs_d2.config import load_config
 from gs_d2.formats.images import as_rgb
 from gs_d2.inference import FaceDetector
@@ -33,6 +35,9 @@ WRITTEN_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # others are writ
 def main(argv=None) -> int:
     args = parse(argv)
     try:
+        if not args.config_file:
+            args.config_file = model_zoo.get_config(model_zoo.DEFAULT, trained="MODEL.WEIGHTS" not in args.opts)
+            args.opts = ["TEST.GS.PYRAMID", False, *args.opts]
         config = load_config(args.config_file, args.opts)
         if not config.TEST.GS.PYRAMID and "TEST.GS.PYRAMID" not in args.opts:
             several = ["INPUT.MIN_SIZE_TEST", 0, "TEST.GS.PYRAMID", True, "TEST.GS.SCALES", SCALES]
@@ -51,7 +56,7 @@ def main(argv=None) -> int:
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the config that the weights were trained with")
+    parser.add_argument("--config-file", help="the config that weights of your own were trained with")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="pictures, folders of pictures, or 'glob' patterns")
     source.add_argument("--video-input", help="a video file (needs opencv-python)")

@@ -156,6 +156,18 @@ RULES = {
             "gs_d2.formats",
         ),
     ),
+    "model zoo": Rule(
+        files=("gs_d2/model_zoo/*.py",),
+        may=(
+            "detectron2.config",
+            "detectron2.modeling.build_model",
+            "gs_d2.checkpoint",
+            "gs_d2.config",
+            "gs_d2.modeling",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
     "face detector": Rule(  # puts the others together, for users
         files=("gs_d2/inference/face_detector.py",),
         may=(
@@ -170,6 +182,7 @@ RULES = {
             "gs_d2.config",
             "gs_d2.formats",
             "gs_d2.inference",
+            "gs_d2.model_zoo",
             "gs_d2.modeling",
         ),
         never=(TORCH_OPS_DIRECTLY,),
@@ -377,6 +390,7 @@ VIOLATIONS = [
         "from gs_d2.data import FaceDatasetMapper",
         "gs_d2.data.FaceDatasetMapper",
     ),
+    ("model zoo", "gs_d2/model_zoo/__init__.py", "from gs_d2.inference import FaceDetector", "gs_d2.inference"),
     ("face detector", "gs_d2/inference/face_detector.py", "from gs_d2 import visualization", "gs_d2.visualization"),
     (
         "engine without cfg",
