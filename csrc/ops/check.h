@@ -138,10 +138,10 @@ inline SubsampleShape check_group_subsample(const Tensor& match_labels, const Te
   STD_TORCH_CHECK((group_idxs.dim() == 1 && group_idxs.size(0) == shape.num_anchors) || same_shape(group_idxs), op,
                   ": group_idxs must have shape (", shape.num_anchors, ",) or that of match_labels, got ",
                   shape_of(group_idxs));
-  STD_TORCH_CHECK(method >= int64_t(SampleMethod::kRandom) && method <= int64_t(SampleMethod::kOhem), op,
-                  ": method must be 0 (random), 1 (wrs) or 2 (ohem), got ", method);
+  STD_TORCH_CHECK(method >= int64_t(SampleMethod::kRandom) && method <= int64_t(SampleMethod::kOhemAll), op,
+                  ": method must be 0 (random), 1 (wrs), 2 (ohem) or 3 (ohem_all), got ", method);
   STD_TORCH_CHECK(losses.has_value() == (method != int64_t(SampleMethod::kRandom)), op,
-                  ": losses must be given for wrs and ohem, and only for them");
+                  ": losses must be given for wrs, ohem and ohem_all, and only for them");
   if (losses) {
     check_dtype(op, "losses", *losses, ScalarType::Float);
     check_device(op, "losses", *losses, match_labels, "match_labels");

@@ -30,7 +30,7 @@ from gs_d2.ops import fake as _fake  # noqa: F401  (shapes for torch.compile, au
 __all__ = ["TwoPassMatch", "box_iou", "group_subsample", "two_pass_match"]
 
 _SECOND_PASS = {"none": 0, "best": 1, "all": 2}
-_METHOD = {"random": 0, "wrs": 1, "ohem": 2}
+_METHOD = {"random": 0, "wrs": 1, "ohem": 2, "ohem_all": 3}
 
 
 class TwoPassMatch(NamedTuple):
@@ -129,17 +129,19 @@ def group_subsample(
     """Draws the same number of samples from every group (paper, section 4.2).
 
     In each group K+ = min(#positives, floor(num_per_group * positive_fraction)) positives and
-    K- = min(#negatives, num_per_group - K+) negatives are drawn without replacement.
+    K- = min(#negatives, num_per_group - K+) negatives are drawn without replacement. With "ohem_all" the labels
+    compete: min(#positives + #negatives, num_per_group) are drawn, whatever their label.
 
     Args:
         match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative, anything else is never drawn.
         group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; outside [0, num_groups) it is never drawn.
         num_groups (int): G, in [1, 1024].
         num_per_group (int): samples per group and image, in [0, 2^31).
-        positive_fraction (float): largest share of positives, in [0, 1].
+        positive_fraction (float): largest share of positives, in [0, 1]; without effect on "ohem_all".
         method: "random" uniform; "wrs" weighted reservoir sampling, the K largest r^(1 / (l + 1e-6)) of eq. 3;
-            "ohem" the K of highest loss, the lowest index on ties.
-        losses (float Tensor, shape of match_labels): for "wrs" and "ohem" only, clamped to [0, 1e6], NaN is 0.
+            "ohem" the K of highest loss of each label, the lowest index on ties; "ohem_all" the num_per_group of
+            highest loss of both labels together (section 4.3), the lowest index on ties.
+        losses (float Tensor, shape of match_labels): for all methods but "random", clamped to [0, 1e6], NaN is 0.
         seed: int64, as an int or a 0-dim tensor on the inputs' device; None draws one from torch's default CPU
             generator. The draw of an anchor depends on nothing but seed, image and index.
         first_image (int): image number of row 0; image b of a batch draws as ``first_image=b`` does alone.

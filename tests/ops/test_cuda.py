@@ -132,7 +132,7 @@ def test_offsets_that_lie_are_harmless(generator):
             assert 0 <= int(result.matched_idxs.min()) and int(result.matched_idxs.max()) < 50
 
 
-@pytest.mark.parametrize("method", ["random", "wrs", "ohem"])
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "ohem_all"])
 @pytest.mark.parametrize(
     "batch, n, num_groups, num_per_group",
     [
@@ -159,6 +159,7 @@ def test_group_subsample_where_all_losses_are_equal(generator):
     losses.fill_(0.25)
     arguments = {"num_groups": 2, "num_per_group": 5000, "losses": losses, "seed": 0}
     assert_same(ops.group_subsample, labels, groups, method="ohem", **arguments)
+    assert_same(ops.group_subsample, labels, groups, method="ohem_all", **arguments)
     assert_same(ops.group_subsample, labels, groups, method="wrs", **arguments)
 
 
