@@ -5,8 +5,13 @@ Shape shorthand: M ground-truth boxes, N anchors (or proposals), B images, G gro
 Boxes are ``(x1, y1, x2, y2)`` in absolute pixels, ``x2 > x1`` and ``y2 > y1``, area without +1. A box that is empty,
 inverted, NaN, infinite or too large for a float32 area has IoU 0 with everything. Results are the same bits on
 every device, for any number of threads. All ops are non-differentiable, run in float32 under autocast, have shapes
-that do not depend on values, never synchronise with the host, and raise ``RuntimeError`` naming op, argument, need and
-value.
+that do not depend on values, and never synchronise with the host.
+
+Arguments that cannot be right raise ``RuntimeError`` (``ValueError`` for a `method`, `second_pass` or `seed` that there
+is not) with a message "<op>: <argument> must ..., got ...". Memory that runs out raises what it raises in torch's own
+ops, with the words by which it is recognised: ``torch.OutOfMemoryError`` with "CUDA out of memory. " on a GPU,
+``RuntimeError`` with "DefaultCPUAllocator: can't allocate memory" on the CPU. Code from ``torch.compile`` calls the ops
+directly, and there CUDA's is a ``RuntimeError`` of the same words.
 """
 
 from __future__ import annotations
@@ -61,7 +66,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 1], [2.0, 0, 4, 2]]))
         tensor([[0.5000, 0.0000]])
     """
-    return torch.ops.gs_d2.box_iou.default(_float32(boxes1), _float32(boxes2))
+    return _call(torch.ops.gs_d2.box_iou.default, _float32(boxes1), _float32(boxes2))
 
 
 def two_pass_match(
@@ -100,15 +105,16 @@ def two_pass_match(
         tensor([ 1, -1,  0], dtype=torch.int8)
     """
     return TwoPassMatch(
-        *torch.ops.gs_d2.two_pass_match.default(
+        *_call(
+            torch.ops.gs_d2.two_pass_match.default,
             _float32(gt_boxes),
             _float32(anchors),
             gt_offsets,
-            None if ignore_boxes is None else _float32(ignore_boxes),
+            _float32(ignore_boxes),
             ignore_offsets,
             low,
             high,
-            _choice("second_pass", second_pass, _SECOND_PASS),
+            _choice("two_pass_match: second_pass", second_pass, _SECOND_PASS),
             ignore_thresh,
         )
     )
@@ -160,18 +166,19 @@ def group_subsample(
         seed = torch.empty((), dtype=torch.int64).random_().to(match_labels.device)
     is_tensor = isinstance(seed, Tensor)
     if not is_tensor and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit int64, got {seed}")
-    return torch.ops.gs_d2.group_subsample.default(
+        raise ValueError(f"group_subsample: seed must fit int64, got {seed}")
+    return _call(
+        torch.ops.gs_d2.group_subsample.default,
         match_labels,
         group_idxs,
-        None if losses is None else _float32(losses.detach()),
+        _float32(losses),
         seed if is_tensor else None,
         0 if is_tensor else seed,
         first_image,
         num_groups,
         num_per_group,
         positive_fraction,
-        _choice("method", method, _METHOD),
+        _choice("group_subsample: method", method, _METHOD),
     )
 
 
@@ -181,11 +188,21 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _call(op, *arguments):
+    """Calls an op. The type of torch's error for lack of CUDA memory does not pass the stable ABI: here it is back."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if "CUDA out of memory. " in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+def _float32(value):
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _choice(name: str, value: str, choices: dict[str, int]) -> int:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return choices[value]
