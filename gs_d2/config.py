@@ -28,11 +28,13 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.GROUP_SAMPLING = True
     # Scales (pixels) that define the groups; an anchor belongs to the nearest in log2. [] = one group per anchor scale.
     cfg.MODEL.GS.GROUP_SCALES = []
-    # Which samples of a group are drawn: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (highest loss),
-    # "none" (all of them).
+    # Which samples of a group are drawn: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (the highest
+    # losses of each label), "ohem_all" (the highest losses whatever the label, POSITIVE_FRACTION without effect: the
+    # paper's OHEM without groups), "none" (all of them).
     cfg.MODEL.GS.SAMPLER = "random"
-    # With "ohem", at both stages: of boxes of one group and label whose IoU is above this, only the one of highest loss
-    # can be drawn; in (0, 1], 1 is no such pruning. It costs an NMS for every group and image.
+    # With "ohem" and "ohem_all", at both stages: of boxes of one group (and with "ohem" of one label) whose IoU is
+    # above this, only the one of highest loss can be drawn; in (0, 1], 1 is no such pruning. It costs an NMS for every
+    # group and image.
     cfg.MODEL.GS.OHEM_NMS_THRESH = 1.0
     # How samples weigh in their group's loss: "softmax" (alike), "focal" (focal loss over the number of positives) or
     # "focal_normalized" (focal weights over their own sum, the paper's Focal*). Alpha and gamma are

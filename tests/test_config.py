@@ -158,11 +158,39 @@ def test_what_is_right_for_coco_is_wrong_for_faces():
             check_config(cfg)
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "size", "groups"),
+    [
+        ("wider/fpn_ohem", "RPN", 1024, False),
+        ("wider/fpn_finest_ohem", "RPN", 1024, False),
+        ("coco/retinanet_ohem", "RPN", 256, False),
+        ("coco/retinanet_p3_dc_ohem", "RPN", 256, False),
+        ("wider/fast_rcnn_lsiou_ohem", "ROI_HEADS", 512, False),
+        ("coco/fast_rcnn_lsiou_ohem", "ROI_HEADS", 512, False),
+        ("wider/fpn_sampling_ohem", "RPN", 2048, True),
+        ("wider/fpn_finest_sampling_ohem", "RPN", 2048, True),
+        ("coco/retinanet_sampling_ohem", "RPN", 256, True),
+        ("coco/retinanet_p3_dc_sampling_ohem", "RPN", 256, True),
+    ],
+)
+def test_labels_compete_in_ohem_without_groups_only(name, stage, size, groups):
+    """Section 6.2: B samples "with highest loss among all samples"; section 4.2 for groups: 1 : 3."""
+    cfg = load(f"{name}.yaml")
+    gs = cfg.MODEL.GS if stage == "RPN" else cfg.MODEL.GS.ROI
+    assert (gs.GROUP_SAMPLING, gs.SAMPLER) == (groups, "ohem" if groups else "ohem_all")
+    assert cfg.MODEL[stage].BATCH_SIZE_PER_IMAGE == size
+
+
+def test_every_config_of_ohem_is_in_the_list_above():
+    (mark,) = test_labels_compete_in_ohem_without_groups_only.pytestmark
+    assert {f"{row[0]}.yaml" for row in mark.args[1]} == {name for name in YAML_FILES if "ohem" in name}
+
+
 def test_table_14_changes_the_second_stage_alone():
     """But for the IoU loss, which the table's note gives to the first."""
     steps = {
         ("fast_rcnn", "fast_rcnn_lsiou"): {"MODEL.RPN.BBOX_REG_LOSS_TYPE": "least_square_iou"},
-        ("fast_rcnn_lsiou", "fast_rcnn_lsiou_ohem"): {"MODEL.GS.ROI.SAMPLER": "ohem"},
+        ("fast_rcnn_lsiou", "fast_rcnn_lsiou_ohem"): {"MODEL.GS.ROI.SAMPLER": "ohem_all"},
         ("fast_rcnn_lsiou", "fast_rcnn_lsiou_wrs"): {"MODEL.GS.ROI.SAMPLER": "wrs"},
         ("fast_rcnn_lsiou", "fast_rcnn_lsiou_sampling"): {
             "MODEL.GS.ROI.GROUP_SAMPLING": True,
@@ -216,7 +244,7 @@ def test_unknown_yaml_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.GS.SAMPLER", "weighted", "method must be one of random, wrs, ohem, none, got 'weighted'"),
+        ("MODEL.GS.SAMPLER", "weighted", "method must be one of random, wrs, ohem, ohem_all, none, got 'weighted'"),
         ("MODEL.GS.SECOND_PASS", "first", "second_pass must be best, all or none, got 'first'"),
         ("MODEL.GS.ANCHOR_STRIDES", [[4, 8]], "anchor_strides must rise, one for each of sizes"),
         ("MODEL.GS.ANCHOR_STRIDES", [[2, 4, 4, 4]], "anchor_strides must be multiples of the map's stride 4"),
@@ -241,7 +269,7 @@ def test_a_wrong_value_builds_nothing(key, value, message):
     [
         ("MODEL.GS.CLS_LOSS_TYPE", "sigmoid", "CLS_LOSS_TYPE must be one of softmax, focal, focal_normalized"),
         ("MODEL.GS.ROI.CLS_LOSS_TYPE", "sigmoid", "CLS_LOSS_TYPE must be one of softmax, focal, focal_normalized"),
-        ("MODEL.GS.ROI.SAMPLER", "hard", "method must be one of random, wrs, ohem, none, got 'hard'"),
+        ("MODEL.GS.ROI.SAMPLER", "hard", "method must be one of random, wrs, ohem, ohem_all, none, got 'hard'"),
         ("MODEL.GS.ROI.SCORE_ENSEMBLE", "max", "SCORE_ENSEMBLE must be one of arithmetic, geometric, none"),
         ("MODEL.GS.OHEM_NMS_THRESH", 1.5, r"OHEM_NMS_THRESH must be in \(0, 1\], got 1.5"),
         ("MODEL.GS.AUTOCAST_DTYPE", "half", "AUTOCAST_DTYPE must be bfloat16, float16 or empty, got 'half'"),
@@ -286,8 +314,11 @@ def adds_group_sampling(name) -> bool:
 @pytest.mark.parametrize("name", [name for name in YAML_FILES if adds_group_sampling(name)])
 def test_sampling_is_what_its_name_adds(name):
     baseline = name.replace("_sampling", "")
+    added = {"MODEL.GS.GROUP_SAMPLING": True}
+    if name.endswith("_ohem.yaml"):  # 1 : 3 in each group, where without groups labels compete
+        added["MODEL.GS.SAMPLER"] = "ohem"
     if baseline in YAML_FILES:
-        assert changes(baseline, name) == {"MODEL.GS.GROUP_SAMPLING": True}
+        assert changes(baseline, name) == added
     assert load(name).MODEL.GS.GROUP_SAMPLING
 
 
@@ -365,6 +396,10 @@ def test_trains_and_detects(name):
         cfg.MODEL.GS.GROUP_SCALES = [scale / 4 for scale in cfg.MODEL.GS.GROUP_SCALES]
     elif max(size for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes) > 256:  # images have room for it
         cfg.merge_from_list(SMALL_NET)
+    # Random weights give faces no higher losses than anything else: OHEM of both labels finds them among all.
+    for sampler, stage in ((cfg.MODEL.GS.SAMPLER, cfg.MODEL.RPN), (cfg.MODEL.GS.ROI.SAMPLER, cfg.MODEL.ROI_HEADS)):
+        if sampler == "ohem_all":
+            stage.BATCH_SIZE_PER_IMAGE = 10**6
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads wait for each other more than they compute on images as small as these
     try:

@@ -36,6 +36,7 @@ class Rule:
 
 
 TORCH_OPS_DIRECTLY = r"\btorch\s*\.\s*ops\s*\.\s*gs_d2\b"
+MESSAGES_WITH_PATHS = r"\bSTD_TORCH_CHECK"  # errors.h has a check without
 DETECTRON2_MODELING = (
     "detectron2.config.configurable",
     "detectron2.layers",
@@ -291,6 +292,7 @@ RULES = {
         files=("csrc/ops/*_cuda.cpp", "csrc/ops/cuda_*.h"),
         may=(
             "csrc/ops/check.h",
+            "csrc/ops/errors.h",
             "csrc/ops/tensors.h",
             "csrc/ops/cuda_*.h",
             "csrc/cuda/kernels.h",
@@ -300,12 +302,13 @@ RULES = {
             "<torch/csrc/inductor/aoti_torch/c/shim.h>",  # the stable ABI itself
             "<torch/headeronly/*>",
         ),
-        never=(r"<<<",),
+        never=(r"<<<", MESSAGES_WITH_PATHS),
     ),
     "csrc/ops": Rule(
         files=("csrc/ops/*",),
         may=(
             "csrc/ops/check.h",
+            "csrc/ops/errors.h",
             "csrc/ops/tensors.h",
             "csrc/cpu/kernels.h",
             "csrc/math/*.h",
@@ -314,7 +317,7 @@ RULES = {
             "<torch/csrc/inductor/aoti_torch/c/shim.h>",  # the stable ABI itself
             "<torch/headeronly/*>",
         ),
-        never=(r"<<<",),
+        never=(r"<<<", MESSAGES_WITH_PATHS),
     ),
 }
 
@@ -427,6 +430,8 @@ VIOLATIONS = [
     ("csrc/ops", "csrc/ops/x_cpu.cpp", '#include "cuda_launch.h"', "csrc/ops/cuda_launch.h"),
     ("csrc/ops", "csrc/ops/x_cpu.cpp", "#include <ATen/ATen.h>", "<ATen/ATen.h>"),
     ("csrc/ops", "csrc/ops/library.cpp", "kernel<<<1, 2>>>();", "<<<"),
+    ("csrc/ops", "csrc/ops/check.h", 'void f() { STD_TORCH_CHECK(false, "no"); }', "STD_TORCH_CHECK"),
+    ("csrc/ops for CUDA", "csrc/ops/x_cuda.cpp", 'void f() { STD_TORCH_CHECK(false, "no"); }', "STD_TORCH_CHECK"),
 ]
 
 # What looks like a violation and is none.

@@ -56,6 +56,7 @@ void sort_keys(const SubsampleProblem& p, int64_t begin, int64_t count, uint32_t
     case SampleMethod::kWrs:
       return wrs_keys(p.seed, p.image_idx, uint32_t(begin), p.losses + begin, count, keys);
     case SampleMethod::kOhem:
+    case SampleMethod::kOhemAll:
       return ohem_keys(p.losses + begin, count, keys);
   }
 }
@@ -136,7 +137,7 @@ Reservoirs cpu_subsample_collect(const SubsampleProblem& p, int64_t chunk_begin,
         const int64_t i = chunk + k;
         const int64_t group = p.group_idxs[i];
         if (rivals[k] && group >= 0 && group < p.num_groups) {
-          segments[2 * group + p.match_labels[i]].push(sort_key(keys[k], uint32_t(i)));
+          segments[segment_idx(p.method, group, p.match_labels[i])].push(sort_key(keys[k], uint32_t(i)));
         }
       }
     }
@@ -152,17 +153,20 @@ Reservoirs cpu_subsample_collect(const SubsampleProblem& p, int64_t chunk_begin,
 }
 
 void cpu_subsample_draw(const SubsampleProblem& p, Reservoirs& reservoirs) {
-  const auto draw = [&](std::vector<uint64_t>& candidates, int64_t wanted, int8_t label) {
+  const auto draw = [&](std::vector<uint64_t>& candidates, int64_t wanted) {
     const int64_t drawn = std::min(int64_t(candidates.size()), wanted);
     if (drawn < int64_t(candidates.size())) {
       std::nth_element(candidates.begin(), candidates.begin() + drawn, candidates.end());
     }
-    for (int64_t k = 0; k < drawn; ++k) p.sampled_labels[uint32_t(candidates[k])] = label;
+    for (int64_t k = 0; k < drawn; ++k) {
+      const uint32_t i = uint32_t(candidates[k]);
+      p.sampled_labels[i] = p.match_labels[i];
+    }
     return drawn;
   };
   for (int64_t g = 0; g < p.num_groups; ++g) {
-    const int64_t num_positives = draw(reservoirs[2 * g + kPositive], p.quota.max_positives, kPositive);
-    draw(reservoirs[2 * g + kNegative], p.quota.num_per_group - num_positives, kNegative);
+    const int64_t num_positives = draw(reservoirs[2 * g + kPositive], p.quota.max_positives);
+    draw(reservoirs[2 * g + kNegative], p.quota.num_per_group - num_positives);
   }
 }
 

@@ -63,7 +63,7 @@ struct SubsampleProblem {
   }
 };
 
-// The smallest sort keys of every (group, label), index 2 * group + label; what one range of anchors contributes.
+// The smallest sort keys of every segment (math/reservoir.h); what one range of anchors contributes.
 using Reservoirs = std::vector<std::vector<uint64_t>>;
 
 // Writes -1 to the sampled_labels of the chunks in [chunk_begin, chunk_end) and returns the candidates among them.

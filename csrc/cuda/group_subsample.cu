@@ -1,5 +1,6 @@
-// Per (image, group, label) the smallest sort keys win. Instead of sorting: a histogram of the keys finds the bin in
-// which the last winner lies; everything below it wins at once, and only the rivals inside that bin are ordered.
+// Per image and segment (math/reservoir.h) the smallest sort keys win. Instead of sorting: a histogram of the keys
+// finds the bin in which the last winner lies; everything below it wins at once, and only the rivals inside that bin
+// are ordered.
 #include "../math/philox.h"
 #include "kernels.h"
 #include "launch.h"
@@ -14,7 +15,7 @@ constexpr uint32_t kMaxListed =
 constexpr int64_t kMaxScratch = int64_t{1} << 26;
 constexpr int kWarps = kThreads / kWarp;
 
-// What the histogram of a segment, a (group, label) of one image, leaves to decide.
+// What the histogram of a segment leaves to decide.
 struct Threshold {
   uint32_t bin;         // keys of lower bins win
   uint32_t places;      // and this many of those in the bin itself, 0 if none
@@ -35,12 +36,12 @@ __device__ __forceinline__ int64_t segment_of(const SubsampleBatch& p, int64_t i
   const int8_t label = p.match_labels[image * p.num_anchors + i];
   if (label != kNegative && label != kPositive) return -1;
   const int64_t group = p.group_idxs[(p.groups_per_image ? image * p.num_anchors : 0) + i];
-  return group >= 0 && group < p.num_groups ? 2 * group + label : -1;
+  return group >= 0 && group < p.num_groups ? segment_idx(p.method, group, label) : -1;
 }
 
 __device__ __forceinline__ uint32_t key_of(const SubsampleBatch& p, int64_t image, int64_t i) {
   const int64_t at = image * p.num_anchors + i;
-  if (p.method == SampleMethod::kOhem) return ohem_key(p.losses[at]);
+  if (is_ohem(p.method)) return ohem_key(p.losses[at]);
   const uint64_t seed = uint64_t(p.seed_tensor != nullptr ? *p.seed_tensor : p.seed);
   const uint32_t bits = draw_bits(seed, uint32_t(p.first_image + image), uint32_t(i));
   return p.method == SampleMethod::kWrs ? wrs_key(bits, p.losses[at]) : random_key(bits);
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) subsample_draw_kernel(const Subsampl
     const int64_t at = image * 2 * p.num_groups + segment;
     const Threshold threshold = scratch.thresholds[at];
     const uint32_t bin = bin_of(p.method, key_of(p, image, i));
-    if (bin < threshold.bin) sampled = int8_t(segment % 2);
+    if (bin < threshold.bin) sampled = p.match_labels[image * p.num_anchors + i];
     if (bin == threshold.bin && threshold.num_rivals > 0 && threshold.num_rivals <= kMaxListed) {
       scratch.lists[at * kMaxListed + atomicAdd(scratch.list_lengths + at, 1u)] = uint32_t(i);
     }
@@ -177,7 +178,8 @@ __global__ void __launch_bounds__(kThreads) subsample_select_kernel(const Subsam
     if (chosen.count == places) break;  // all that are still open win; no two sort keys are equal, so this comes
   }
   for_each_rival([&](int64_t i, uint64_t key) {
-    if ((key & decided) <= prefix) p.sampled_labels[image * p.num_anchors + i] = int8_t(segment % 2);
+    const int64_t of_batch = image * p.num_anchors + i;
+    if ((key & decided) <= prefix) p.sampled_labels[of_batch] = p.match_labels[of_batch];
   });
 }
 

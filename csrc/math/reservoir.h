@@ -8,10 +8,22 @@
 #include <cstring>
 
 #include "host_device.h"
+#include "labels.h"
 
 namespace gs_d2 {
 
-enum class SampleMethod : int64_t { kRandom = 0, kWrs = 1, kOhem = 2 };
+enum class SampleMethod : int64_t { kRandom = 0, kWrs = 1, kOhem = 2, kOhemAll = 3 };
+
+// A segment is the anchors that compete with each other: those of one group and label, at 2 * group + label. With
+// kOhemAll labels compete too: all anchors of a group are in the segment of its negatives, which may fill the group.
+GS_HOST_DEVICE int64_t segment_idx(SampleMethod method, int64_t group, int8_t label) {
+  return 2 * group + (method == SampleMethod::kOhemAll ? kNegative : label);
+}
+
+// Whether the order follows from the losses alone, the hardest first.
+GS_HOST_DEVICE bool is_ohem(SampleMethod method) {
+  return method == SampleMethod::kOhem || method == SampleMethod::kOhemAll;
+}
 
 constexpr float kLossEpsilon = 1e-6f;
 constexpr float kMaxLoss = 1e6f;
@@ -56,7 +68,7 @@ GS_HOST_DEVICE float neg_log_uniform(uint32_t bits) {
   return exponent * kLn2 - log1p_f;
 }
 
-// The order in which the anchors of one (group, label) are drawn: smallest key first. Keys tie only by chance or by
+// The order in which the anchors of one segment are drawn: smallest key first. Keys tie only by chance or by
 // equal losses; sort_key breaks every tie by the lower anchor index.
 GS_HOST_DEVICE uint32_t random_key(uint32_t bits) {
   return ~bits;  // the order of -log(u), without the log
@@ -80,7 +92,8 @@ GS_HOST_DEVICE uint64_t sort_key(uint32_t key, uint32_t anchor_idx) {
   return (uint64_t{key} << 32) | anchor_idx;
 }
 
-// How many of a group are drawn: positives up to their share of N, negatives fill the rest (paper, section 4.2).
+// How many of a group are drawn: positives up to their share of N, negatives fill the rest (paper, section 4.2). With
+// kOhemAll the segment of the positives is empty, and that of the negatives takes all of N.
 struct Quota {
   int64_t num_per_group;
   int64_t max_positives;

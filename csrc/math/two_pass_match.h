@@ -5,12 +5,9 @@
 #include <cstring>
 
 #include "host_device.h"
+#include "labels.h"
 
 namespace gs_d2 {
-
-constexpr int8_t kIgnored = -1;
-constexpr int8_t kNegative = 0;
-constexpr int8_t kPositive = 1;
 
 enum class SecondPass : int64_t { kNone = 0, kBest = 1, kAll = 2 };
 

@@ -1,4 +1,4 @@
-// What the CUDA backends need around a launcher: the device, the stream that torch uses now, and the error after it.
+// What the CUDA backends need around a launcher: the device, the stream that torch uses now, and errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,23 +13,24 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace gs_d2 {
 
-using torch::stable::accelerator::DeviceGuard;
-
-inline OptionalTensor contiguous_if_given(const OptionalTensor& tensor) {
-  OptionalTensor result;
-  if (tensor) result = torch::stable::contiguous(*tensor);
-  return result;
+inline void check_cuda(const char* op, cudaError_t error) {
+  GS_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "gs_d2: this torch has no CUDA");
+// Gives what launch(stream) does, on the device of `like` and the stream that torch uses there now.
+template <class Launch>
+auto on_current_stream(const char* op, const Tensor& like, const Launch& launch) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  GS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch has no CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-inline void check_launch(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA launch failed: ", cudaGetErrorString(error));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  try {
+    return launch(static_cast<cudaStream_t>(stream));
+  } catch (const OutOfMemory&) {
+    size_t free = 0, total = 0;
+    check_cuda(op, cudaMemGetInfo(&free, &total));  // after a kernel that failed, every allocation fails, too
+    throw;
+  }
 }
 
 }  // namespace gs_d2

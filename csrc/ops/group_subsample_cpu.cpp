@@ -14,10 +14,11 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
                            int64_t num_per_group, double positive_fraction, int64_t method) {
   const SubsampleShape shape = check_group_subsample(match_labels, group_idxs, losses, seed_tensor, first_image,
                                                      num_groups, num_per_group, positive_fraction, method);
-  const Tensor labels = packed(match_labels);
-  const Tensor groups = packed(group_idxs);
-  const OptionalTensor weights = losses ? OptionalTensor(packed(*losses)) : std::nullopt;
-  Tensor sampled = torch::stable::empty_like(labels);
+  constexpr const char* op = "group_subsample";
+  const Tensor labels = packed(op, "match_labels", match_labels);
+  const Tensor groups = packed(op, "group_idxs", group_idxs);
+  const OptionalTensor weights = packed_if_given(op, "losses", losses);
+  Tensor sampled = new_tensor(op, "sampled labels", labels, shape_of(labels), ScalarType::Char);
   const int64_t n = shape.num_anchors;
   if (n == 0) return sampled;
 
@@ -35,7 +36,7 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
     Reservoirs merged(2 * num_groups);
     std::mutex merging;
     constexpr int64_t kGrain = 32;
-    torch::stable::parallel_for(0, problem.num_chunks(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, problem.num_chunks(), kGrain, [&](int64_t begin, int64_t end) {
       const Reservoirs part = cpu_subsample_collect(problem, begin, end);
       const std::lock_guard<std::mutex> lock(merging);
       for (size_t s = 0; s < merged.size(); ++s) merged[s].insert(merged[s].end(), part[s].begin(), part[s].end());

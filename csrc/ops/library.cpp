@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(gs_d2, m) {
       "-> (Tensor matched_idxs, Tensor match_labels, Tensor max_ious)");
 
   // match_labels [N] or [B, N]; group_idxs [N] or of match_labels' shape; losses of match_labels' shape.
-  // seed_tensor, where given, replaces seed. method: 0 random, 1 wrs, 2 ohem.
+  // seed_tensor, where given, replaces seed. method: 0 random, 1 wrs, 2 ohem, 3 ohem_all.
   m.def(
       "group_subsample(Tensor match_labels, Tensor group_idxs, Tensor? losses, Tensor? seed_tensor, int seed, "
       "int first_image, int num_groups, int num_per_group, float positive_fraction, int method) -> Tensor");

@@ -18,12 +18,15 @@ class RowRanges {
       bounds_[0] = 0;
       return;
     }
-    const Tensor rows = packed(*offsets);
+    const Tensor rows = packed("two_pass_match", name, *offsets);
     const int64_t* data = rows.const_data_ptr<int64_t>();
     bounds_.assign(data, data + num_images + 1);
-    bool ordered = bounds_.front() == 0 && bounds_.back() == num_rows;
-    for (int64_t b = 0; b < num_images; ++b) ordered = ordered && bounds_[b] <= bounds_[b + 1];
-    STD_TORCH_CHECK(ordered, "two_pass_match: ", name, " must rise from 0 to the number of boxes, ", num_rows);
+    for (int64_t b = 0; b <= num_images; ++b) {
+      const bool in_order = bounds_[b] >= (b == 0 ? 0 : bounds_[b - 1]) && (b > 0 || bounds_[b] == 0) &&
+                            (b < num_images || bounds_[b] == num_rows);
+      GS_CHECK(in_order, "two_pass_match: ", name, " must rise from 0 to the number of boxes, ", num_rows, ", got ",
+               bounds_[b], " at index ", b);
+    }
   }
 
   int64_t begin(int64_t image) const {
@@ -46,16 +49,17 @@ std::tuple<Tensor, Tensor, Tensor> two_pass_match_cpu(const Tensor& gt_boxes, co
                                                 second_pass, ignore_thresh);
   const int64_t b = shape.num_images, n = shape.num_anchors;
   const std::vector<int64_t> size = shape.batched ? std::vector<int64_t>{b, n} : std::vector<int64_t>{n};
-  Tensor matched_idxs = new_tensor(anchors, size, ScalarType::Long);
-  Tensor match_labels = new_tensor(anchors, size, ScalarType::Char);
-  Tensor max_ious = new_tensor(anchors, size, ScalarType::Float);
+  constexpr const char* op = "two_pass_match";
+  Tensor matched_idxs = new_tensor(op, "matched_idxs", anchors, size, ScalarType::Long);
+  Tensor match_labels = new_tensor(op, "match_labels", anchors, size, ScalarType::Char);
+  Tensor max_ious = new_tensor(op, "max_ious", anchors, size, ScalarType::Float);
   const RowRanges gts("gt_offsets", gt_offsets, b, gt_boxes.size(0));
   const RowRanges ignores("ignore_offsets", ignore_offsets, b, ignore_boxes ? ignore_boxes->size(0) : 0);
   if (b == 0 || n == 0) return {matched_idxs, match_labels, max_ious};
 
-  const Tensor all_gts = packed(gt_boxes);
-  const Tensor all_anchors = packed(anchors);
-  const Tensor all_ignores = ignore_boxes ? packed(*ignore_boxes) : all_gts;
+  const Tensor all_gts = packed(op, "gt_boxes", gt_boxes);
+  const Tensor all_anchors = packed(op, "anchors", anchors);
+  const Tensor all_ignores = ignore_boxes ? packed(op, "ignore_boxes", *ignore_boxes) : all_gts;
   std::vector<uint64_t> offers(gt_boxes.size(0), kUnmatched);
   std::vector<MatchProblem> problems;
   for (int64_t i = 0; i < b; ++i) {
@@ -68,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> two_pass_match_cpu(const Tensor& gt_boxes, co
   }
   const int64_t blocks = problems[0].num_blocks();
   constexpr int64_t kGrain = 4;
-  torch::stable::parallel_for(0, b * blocks, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, b * blocks, kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t image = begin / blocks;
       const int64_t stop = end < (image + 1) * blocks ? end : (image + 1) * blocks;

@@ -30,8 +30,9 @@ class GroupLoss:
         criterion: what those cost.
         group_scales: the scales, in pixels, that define the groups; statistics are kept by them even where the sampler
             has a single group.
-        ohem_nms_thresh: OHEM's pruning before the draw: of boxes of one group and label that overlap by more, only the
-            one of highest loss can be drawn. 1 is none; less makes the label path wait for the GPU.
+        ohem_nms_thresh: OHEM's pruning before the draw: of boxes that compete (those of one group and label, or with
+            "ohem_all" of one group) and overlap by more, only the one of highest loss can be drawn. 1 is none; less
+            makes the label path wait for the GPU.
         name: prefix of the curves in TensorBoard.
     """
 
@@ -142,10 +143,10 @@ class GroupLoss:
             int8 Tensor[B, R]: 1 or 0 where drawn, -1 elsewhere.
         """
         cls_losses = cls_losses.detach()
-        if self.ohem_nms_thresh < 1 and getattr(self.sampler, "method", None) == "ohem":
+        if self.ohem_nms_thresh < 1 and getattr(self.sampler, "method", None) in ("ohem", "ohem_all"):
             match_labels = prune_overlapping(
                 match_labels, group_idxs, self.sampler.num_groups, boxes(), cls_losses, self.ohem_nms_thresh,
-                self.sampler.num_per_group,
+                self.sampler.num_per_group, self.sampler.labels_compete,
             )  # fmt: skip
         return self.sampler(match_labels, group_idxs, cls_losses)
 

@@ -52,6 +52,7 @@ def prune_overlapping(
     losses: Tensor,
     iou_thresh: float,
     max_kept: int,
+    labels_compete: bool = False,
 ) -> Tensor:
     """OHEM's pruning: of overlapping boxes of one image, group and label, only that of highest loss can be drawn.
 
@@ -62,6 +63,8 @@ def prune_overlapping(
         losses (Tensor[B, R]): NaN is 0, as for the op that draws.
         iou_thresh: a box is dropped if its IoU with a kept one is greater.
         max_kept: of each image, group and label; no more can be drawn.
+        labels_compete: True compares the boxes of both labels with each other; `max_kept` is then of each image and
+            group.
 
     Returns:
         int8 Tensor[B, R]: `match_labels` where kept, -1 elsewhere.
@@ -69,10 +72,11 @@ def prune_overlapping(
     pruned = torch.full_like(match_labels, -1)
     losses = torch.where(losses.isnan(), 0.0, losses)
     group_idxs = group_idxs.expand_as(match_labels)
+    competitions = [match_labels >= 0] if labels_compete else [match_labels == 0, match_labels == 1]
     for b in range(len(match_labels)):
         for group in range(num_groups):
-            for label in (0, 1):
-                rows = torch.nonzero((match_labels[b] == label) & (group_idxs[b] == group))[:, 0]
+            for competing in competitions:
+                rows = torch.nonzero(competing[b] & (group_idxs[b] == group))[:, 0]
                 kept = rows[top_nms(boxes[b, rows], losses[b, rows], iou_thresh, max_kept)]
-                pruned[b, kept] = label
+                pruned[b, kept] = match_labels[b, kept]
     return pruned

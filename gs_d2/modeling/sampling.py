@@ -44,11 +44,12 @@ class GroupSampler:
     Args:
         num_groups (int): G; 1 is the usual sampling without groups.
         num_per_group (int): N of the paper, per image.
-        positive_fraction (float): largest share of positives in a group.
-        method: "random", "wrs" or "ohem", see :func:`gs_d2.ops.group_subsample`; "none" draws every labelled box.
+        positive_fraction (float): largest share of positives in a group; without effect on "ohem_all" and "none".
+        method: "random", "wrs", "ohem", or "ohem_all" (labels compete: the paper's OHEM without groups), see
+            :func:`gs_d2.ops.group_subsample`; "none" draws every labelled box.
     """
 
-    METHODS = ("random", "wrs", "ohem", "none")
+    METHODS = ("random", "wrs", "ohem", "ohem_all", "none")
 
     def __init__(self, num_groups, num_per_group, positive_fraction=0.25, method="random"):
         if method not in self.METHODS:
@@ -64,12 +65,18 @@ class GroupSampler:
         subclass that draws in its own way, unless it states a limit of its own."""
         if self.method == "none" or type(self).__call__ is not GroupSampler.__call__:
             return None
-        return self.num_groups * int(self.num_per_group * self.positive_fraction)
+        share = 1.0 if self.labels_compete else self.positive_fraction
+        return self.num_groups * int(self.num_per_group * share)
+
+    @property
+    def labels_compete(self) -> bool:
+        """Whether positives and negatives compete for the same places."""
+        return self.method == "ohem_all"
 
     @property
     def needs_losses(self) -> bool:
         """Whether the draw depends on the losses."""
-        return self.method in ("wrs", "ohem")
+        return self.method in ("wrs", "ohem", "ohem_all")
 
     def __call__(self, match_labels: Tensor, group_idxs: Tensor, losses: Tensor | None = None, seed=None) -> Tensor:
         """Samples anchors.

@@ -5,8 +5,13 @@ Shape shorthand: M ground-truth boxes, N anchors (or proposals), B images, G gro
 Boxes are ``(x1, y1, x2, y2)`` in absolute pixels, ``x2 > x1`` and ``y2 > y1``, area without +1. A box that is empty,
 inverted, NaN, infinite or too large for a float32 area has IoU 0 with everything. Results are the same bits on
 every device, for any number of threads. All ops are non-differentiable, run in float32 under autocast, have shapes
-that do not depend on values, never synchronise with the host, and raise ``RuntimeError`` naming op, argument, need and
-value.
+that do not depend on values, and never synchronise with the host.
+
+Arguments that cannot be right raise ``RuntimeError`` (``ValueError`` for a `method`, `second_pass` or `seed` that there
+is not) with a message "<op>: <argument> must ..., got ...". Memory that runs out raises what it raises in torch's own
+ops, with the words by which it is recognised: ``torch.OutOfMemoryError`` with "CUDA out of memory. " on a GPU,
+``RuntimeError`` with "DefaultCPUAllocator: can't allocate memory" on the CPU. Code from ``torch.compile`` calls the ops
+directly, and there CUDA's is a ``RuntimeError`` of the same words.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from gs_d2.ops import fake as _fake  # noqa: F401  (shapes for torch.compile, au
 __all__ = ["TwoPassMatch", "box_iou", "group_subsample", "two_pass_match"]
 
 _SECOND_PASS = {"none": 0, "best": 1, "all": 2}
-_METHOD = {"random": 0, "wrs": 1, "ohem": 2}
+_METHOD = {"random": 0, "wrs": 1, "ohem": 2, "ohem_all": 3}
 
 
 class TwoPassMatch(NamedTuple):
@@ -61,7 +66,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 1], [2.0, 0, 4, 2]]))
         tensor([[0.5000, 0.0000]])
     """
-    return torch.ops.gs_d2.box_iou.default(_float32(boxes1), _float32(boxes2))
+    return _call(torch.ops.gs_d2.box_iou.default, _float32(boxes1), _float32(boxes2))
 
 
 def two_pass_match(
@@ -100,15 +105,16 @@ def two_pass_match(
         tensor([ 1, -1,  0], dtype=torch.int8)
     """
     return TwoPassMatch(
-        *torch.ops.gs_d2.two_pass_match.default(
+        *_call(
+            torch.ops.gs_d2.two_pass_match.default,
             _float32(gt_boxes),
             _float32(anchors),
             gt_offsets,
-            None if ignore_boxes is None else _float32(ignore_boxes),
+            _float32(ignore_boxes),
             ignore_offsets,
             low,
             high,
-            _choice("second_pass", second_pass, _SECOND_PASS),
+            _choice("two_pass_match: second_pass", second_pass, _SECOND_PASS),
             ignore_thresh,
         )
     )
@@ -129,17 +135,19 @@ def group_subsample(
     """Draws the same number of samples from every group (paper, section 4.2).
 
     In each group K+ = min(#positives, floor(num_per_group * positive_fraction)) positives and
-    K- = min(#negatives, num_per_group - K+) negatives are drawn without replacement.
+    K- = min(#negatives, num_per_group - K+) negatives are drawn without replacement. With "ohem_all" the labels
+    compete: min(#positives + #negatives, num_per_group) are drawn, whatever their label.
 
     Args:
         match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative, anything else is never drawn.
         group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; outside [0, num_groups) it is never drawn.
         num_groups (int): G, in [1, 1024].
         num_per_group (int): samples per group and image, in [0, 2^31).
-        positive_fraction (float): largest share of positives, in [0, 1].
+        positive_fraction (float): largest share of positives, in [0, 1]; without effect on "ohem_all".
         method: "random" uniform; "wrs" weighted reservoir sampling, the K largest r^(1 / (l + 1e-6)) of eq. 3;
-            "ohem" the K of highest loss, the lowest index on ties.
-        losses (float Tensor, shape of match_labels): for "wrs" and "ohem" only, clamped to [0, 1e6], NaN is 0.
+            "ohem" the K of highest loss of each label, the lowest index on ties; "ohem_all" the num_per_group of
+            highest loss of both labels together (section 4.3), the lowest index on ties.
+        losses (float Tensor, shape of match_labels): for all methods but "random", clamped to [0, 1e6], NaN is 0.
         seed: int64, as an int or a 0-dim tensor on the inputs' device; None draws one from torch's default CPU
             generator. The draw of an anchor depends on nothing but seed, image and index.
         first_image (int): image number of row 0; image b of a batch draws as ``first_image=b`` does alone.
@@ -158,18 +166,19 @@ def group_subsample(
         seed = torch.empty((), dtype=torch.int64).random_().to(match_labels.device)
     is_tensor = isinstance(seed, Tensor)
     if not is_tensor and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit int64, got {seed}")
-    return torch.ops.gs_d2.group_subsample.default(
+        raise ValueError(f"group_subsample: seed must fit int64, got {seed}")
+    return _call(
+        torch.ops.gs_d2.group_subsample.default,
         match_labels,
         group_idxs,
-        None if losses is None else _float32(losses.detach()),
+        _float32(losses),
         seed if is_tensor else None,
         0 if is_tensor else seed,
         first_image,
         num_groups,
         num_per_group,
         positive_fraction,
-        _choice("method", method, _METHOD),
+        _choice("group_subsample: method", method, _METHOD),
     )
 
 
@@ -179,11 +188,21 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _call(op, *arguments):
+    """Calls an op. The type of torch's error for lack of CUDA memory does not pass the stable ABI: here it is back."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if "CUDA out of memory. " in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+def _float32(value):
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _choice(name: str, value: str, choices: dict[str, int]) -> int:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return choices[value]

@@ -62,7 +62,8 @@ def _check_boxes(op, name, boxes):
 
 
 def _check_dtype(op, name, tensor, dtype):
-    torch._check(tensor.dtype == dtype, lambda: f"{op}: {name} must have dtype {dtype}, got {tensor.dtype}")
+    need = str(dtype).removeprefix("torch.")
+    torch._check(tensor.dtype == dtype, lambda: f"{op}: {name} must be {need}, got {tensor.dtype}")
 
 
 _library = Library("gs_d2", "IMPL")

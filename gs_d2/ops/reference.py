@@ -154,10 +154,15 @@ def group_subsample(
     keys = sort_keys(method, draw_bits(seed, first_image, len(match_labels)), losses)
     sampled = torch.full_like(match_labels, -1)
     for group in range(num_groups):
+        positive, negative = ((match_labels == label) & (group_idxs == group) for label in (1, 0))
+        if method == "ohem_all":
+            competitions = [(positive | negative, num_per_group)]
+        else:
+            competitions = [(positive, int(num_per_group * positive_fraction)), (negative, num_per_group)]
         drawn = 0
-        for label, wanted in ((1, int(num_per_group * positive_fraction)), (0, num_per_group)):
-            members = torch.nonzero((match_labels == label) & (group_idxs == group))[:, 0]
-            order = torch.sort(keys[members], stable=True).indices[: max(wanted - drawn, 0)]
-            sampled[members[order]] = label
-            drawn += len(order)
+        for competing, wanted in competitions:
+            members = torch.nonzero(competing)[:, 0]
+            chosen = members[torch.sort(keys[members], stable=True).indices[: max(wanted - drawn, 0)]]
+            sampled[chosen] = match_labels[chosen]
+            drawn += len(chosen)
     return sampled

@@ -301,7 +301,8 @@ bool subsample_case() {
   const double fraction = one_of(0.25, 0.25, 0.0, 0.5, 1.0, 0.1);
   // Equal losses leave rivals to order even where there are few anchors.
   const SampleMethod often = small || crowded ? SampleMethod::kOhem : SampleMethod::kWrs;
-  const SampleMethod method = one_of(SampleMethod::kRandom, SampleMethod::kWrs, SampleMethod::kOhem, often, often);
+  const SampleMethod method =
+      one_of(SampleMethod::kRandom, SampleMethod::kWrs, SampleMethod::kOhem, SampleMethod::kOhemAll, often, often);
   const bool groups_per_image = below(2) == 1;
   const int loss_kind = crowded || (small && below(2) == 0) ? one_of(1, 4) : int(below(5));
   const int64_t one_in = one_of(1, 2, 10, 50);  // share of positives

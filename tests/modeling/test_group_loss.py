@@ -80,6 +80,28 @@ def test_several_classes_against_the_equation_written_out(kind, num_groups):
     assert float(loss_cls) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_more_positives_than_a_quarter_have_a_box_loss(num_groups):
+    """OHEM of both labels may draw positives alone, and each counts in the box term."""
+    group_loss = build(num_groups, "ohem_all")
+    group_loss.sampler.num_per_group = 6
+    anchors, _, _, deltas = predictions()
+    gts = [Boxes(anchors[::40]), Boxes(anchors[1::40])]
+    matches = group_loss.match(anchors, gts)
+    positive = matches[0] == 1
+    with EventStorage():
+        _, loss_loc = group_loss.dense(anchors, matches, torch.where(positive, 5.0, 0.1), deltas)
+    expected, _, drawn = 0.0, *group_loss.group(anchors)
+    for b in range(2):
+        for group in range(num_groups):
+            rows = torch.nonzero(positive[b] & (drawn == group))[:6, 0]
+            wanted = TRANSFORM.get_deltas(anchors[rows], gts[b].tensor[matches[1][b, rows] - 8 * b])
+            error = (deltas[b, rows] - wanted).abs()
+            assert len(rows) > 6 // 4
+            expected += float(error.sum(dim=1).mean()) / 2
+    assert float(loss_loc) == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_groups_there_is_one_but_statistics_keep_the_scales():
     anchors = predictions()[0]
     scale_idxs, group_idxs = build(num_groups=1).group(anchors)

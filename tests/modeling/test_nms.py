@@ -42,9 +42,10 @@ def test_top_nms_keeps_classes_apart(monkeypatch, device):
     assert torch.equal(top_nms(boxes[:0], scores[:0], 0.4, 5, classes[:0]), kept[:0])
 
 
+@pytest.mark.parametrize("labels_compete", [False, True])
 @pytest.mark.parametrize("shared_groups", [True, False])
 @pytest.mark.parametrize("max_kept", [3, 10**6])
-def test_prune_overlapping_is_greedy_in_each_group_and_label(shared_groups, max_kept, device):
+def test_prune_overlapping_is_greedy_in_each_group_and_label(shared_groups, max_kept, labels_compete, device):
     num_images, num, num_groups, thresh = 2, 120, 3, 0.3
     generator = torch.Generator().manual_seed(2)
     boxes = random_boxes(num_images, num)
@@ -57,6 +58,7 @@ def test_prune_overlapping_is_greedy_in_each_group_and_label(shared_groups, max_
         *(x.to(device) for x in (boxes, losses)),
         thresh,
         max_kept,
+        labels_compete,
     ).cpu()
     expected = torch.full_like(labels, -1)
     dropped = 0
@@ -64,14 +66,14 @@ def test_prune_overlapping_is_greedy_in_each_group_and_label(shared_groups, max_
         ious = reference.box_iou(boxes[b], boxes[b])
         of_image = groups.expand(num_images, num)[b]
         for group in range(num_groups):
-            for label in (0, 1):
-                rows = [i for i in range(num) if of_image[i] == group and labels[b, i] == label]
+            for competing in [(0, 1)] if labels_compete else [(0,), (1,)]:
+                rows = [i for i in range(num) if of_image[i] == group and labels[b, i] in competing]
                 kept = []
                 for i in sorted(rows, key=lambda i: -losses[b, i]):
                     if len(kept) < max_kept and all(ious[i, j] <= thresh for j in kept):
                         kept.append(i)
                 dropped += len(rows) - len(kept)
-                expected[b, kept] = label
+                expected[b, kept] = labels[b, kept]
     assert torch.equal(pruned, expected)
     assert dropped > 0 and (expected == 1).any() and (expected == 0).any()
 
@@ -82,6 +84,8 @@ def test_identical_boxes_of_other_groups_labels_and_images_stay():
     groups = torch.tensor([0, 0, 1, 1])
     losses = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4]])
     assert prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9).tolist() == [[0, 1, 0, 1], [0, 1, -1, 0]]
+    competing = prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9, labels_compete=True)
+    assert competing.tolist() == [[-1, 1, -1, 1], [-1, 1, -1, 0]]
     labels[:] = -1
     assert (prune_overlapping(labels, groups, 2, boxes, losses, 0.5, 9) == -1).all()
 

@@ -205,7 +205,7 @@ def test_n_per_reference_scale_at_1_to_3(method):
         assert logged[f"roi_groups/loss_cls@{scale}"] > 0
 
 
-@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "none"])
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "ohem_all", "none"])
 def test_what_fills_up_ragged_proposals_is_never_drawn_or_counted(method):
     """An image with few proposals costs the same beside one with many as alone."""
     faces = (FACES, OTHER_FACES[:1])
@@ -314,17 +314,19 @@ def test_ohem_draws_the_highest_losses():
     assert chosen >= 6
 
 
-def test_ohem_prunes_overlapping_proposals():
+@pytest.mark.parametrize("method", ["ohem", "ohem_all"])
+def test_ohem_prunes_overlapping_proposals(method):
+    """Those that compete: of one label, or with "ohem_all" of both."""
     inputs = images()
-    heads = build(sampler=Recorder(1, 10**4, 1.0, method="ohem"))
+    heads = build(sampler=Recorder(1, 10**4, 1.0, method=method))
     run(heads, *inputs)
     num_unpruned = (heads.group_loss.sampler.drawn >= 0).sum()
     heads.group_loss.ohem_nms_thresh = 0.5
     run(heads, *inputs)
     for b in range(2):
         boxes = torch.cat([inputs[2][b].proposal_boxes.tensor, inputs[3][b].gt_boxes.tensor])
-        for label in (0, 1):
-            kept = boxes[heads.group_loss.sampler.drawn[b, : len(boxes)] == label]
+        drawn = heads.group_loss.sampler.drawn[b, : len(boxes)]
+        for kept in (boxes[drawn == 0], boxes[drawn == 1]) if method == "ohem" else (boxes[drawn >= 0],):
             ious = reference.box_iou(kept, kept).fill_diagonal_(0)
             assert len(kept) and (ious <= 0.5).all()
     assert (heads.group_loss.sampler.drawn >= 0).sum() < 0.7 * num_unpruned

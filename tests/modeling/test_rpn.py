@@ -235,7 +235,7 @@ def test_ohem_prunes_overlapping_anchors():
         rpn = build(sampler=GroupSampler(4, 10**4, 1.0, method="ohem"), ohem_nms_thresh=thresh)
         seen = []
         draw, rpn.group_loss.sampler = rpn.group_loss.sampler, lambda *a: seen.append(draw(*a)) or seen[-1]  # noqa: B023
-        for name in ("method", "num_groups", "num_per_group", "max_positives"):
+        for name in ("method", "num_groups", "num_per_group", "max_positives", "labels_compete"):
             setattr(rpn.group_loss.sampler, name, getattr(draw, name))
         with EventStorage():
             rpn(images, features, instances, with_proposals=False)

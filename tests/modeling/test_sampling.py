@@ -15,7 +15,7 @@ def test_group_by_scale_is_eq_4():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="method must be one of random, wrs, ohem, none, got 'focal'"):
+    with pytest.raises(ValueError, match="method must be one of random, wrs, ohem, ohem_all, none, got 'focal'"):
         GroupSampler(4, 256, method="focal")
 
 
@@ -29,10 +29,14 @@ def test_none_draws_all_that_is_labelled():
     assert (pos.tolist(), neg.tolist()) == ([0, 3], [1])
 
 
-@pytest.mark.parametrize(("method", "needs_losses"), [("random", False), ("wrs", True), ("ohem", True)])
-def test_what_a_sampler_says_of_itself(method, needs_losses):
+@pytest.mark.parametrize(
+    ("method", "needs_losses", "max_positives"),
+    [("random", False, 8), ("wrs", True, 8), ("ohem", True, 8), ("ohem_all", True, 40)],
+)
+def test_what_a_sampler_says_of_itself(method, needs_losses, max_positives):
     sampler = GroupSampler(4, 10, positive_fraction=0.25, method=method)
-    assert (sampler.max_positives, sampler.needs_losses) == (8, needs_losses)
+    assert (sampler.max_positives, sampler.needs_losses) == (max_positives, needs_losses)
+    assert sampler.labels_compete == (method == "ohem_all")
     labels = torch.ones(100, dtype=torch.int8)
     assert (sampler(labels, torch.arange(100) % 4, torch.rand(100)) == 1).sum() == sampler.max_positives
 
@@ -98,6 +102,22 @@ def test_n_per_group_at_1_to_3_on_real_annotations(real_labels, method):
             full += positives * 3 == negatives
             short += 0 < available < num_per_group // 4
     assert full > 0 and short > 0  # both cases occurred
+
+
+def test_ohem_without_groups_takes_the_highest_losses_whatever_the_label(real_labels):
+    """Paper, sections 4.3 and 6.2: B of all samples, "regardless of" scale and of "whether the sample is positive"."""
+    size = 1024
+    sampler = GroupSampler(1, size, method="ohem_all")
+    shares = set()
+    for labels, groups in real_labels:
+        losses = torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) + (labels == 1)  # positives first
+        sampled = sampler(labels, torch.zeros_like(groups), losses, seed=1)
+        taken = sampled >= 0
+        assert int(taken.sum()) == size and torch.equal(sampled[taken], labels[taken])
+        assert losses[taken].min() >= losses[(labels >= 0) & ~taken].max()
+        assert int((sampled == 1).sum()) == min(size, int((labels == 1).sum()))
+        shares.add(int((sampled == 1).sum()) > size // 4)
+    assert shares == {True, False}  # some images have more positives than a quarter of B
 
 
 def test_sampled_distribution_is_flat_where_the_labelled_one_is_not(real_labels):

@@ -132,7 +132,7 @@ def test_offsets_that_lie_are_harmless(generator):
             assert 0 <= int(result.matched_idxs.min()) and int(result.matched_idxs.max()) < 50
 
 
-@pytest.mark.parametrize("method", ["random", "wrs", "ohem"])
+@pytest.mark.parametrize("method", ["random", "wrs", "ohem", "ohem_all"])
 @pytest.mark.parametrize(
     "batch, n, num_groups, num_per_group",
     [
@@ -159,6 +159,7 @@ def test_group_subsample_where_all_losses_are_equal(generator):
     losses.fill_(0.25)
     arguments = {"num_groups": 2, "num_per_group": 5000, "losses": losses, "seed": 0}
     assert_same(ops.group_subsample, labels, groups, method="ohem", **arguments)
+    assert_same(ops.group_subsample, labels, groups, method="ohem_all", **arguments)
     assert_same(ops.group_subsample, labels, groups, method="wrs", **arguments)
 
 
@@ -171,9 +172,11 @@ def test_devices_must_agree(generator):
     boxes = random_boxes("free", 8, generator)
     labels, groups, losses = subsample_inputs(1, 8, 1, generator)
     sample = {"num_groups": 1, "num_per_group": 2, "seed": 0}
-    with pytest.raises(RuntimeError, match="boxes2 must be on the same device as boxes1"):
+    with pytest.raises(RuntimeError, match=r"^box_iou: boxes2 must be on the same device as boxes1, cuda:0, got cpu$"):
         ops.box_iou(boxes.cuda(), boxes)
-    with pytest.raises(RuntimeError, match="anchors must be on the same device as gt_boxes"):
+    with pytest.raises(
+        RuntimeError, match=r"^two_pass_match: anchors must be on the same device as gt_boxes, cuda:0, got cpu$"
+    ):
         ops.two_pass_match(boxes.cuda(), boxes)
     with pytest.raises(RuntimeError, match="gt_offsets must be on the same device"):
         ops.two_pass_match(boxes.cuda(), boxes.cuda(), gt_offsets=torch.tensor([0, 8]))
@@ -183,6 +186,14 @@ def test_devices_must_agree(generator):
         ops.group_subsample(labels.cuda(), groups.cuda(), method="wrs", losses=losses, **sample)
     with pytest.raises(RuntimeError, match="seed must be on the same device"):
         ops.group_subsample(labels.cuda(), groups.cuda(), **{**sample, "seed": torch.tensor(0)})
+
+
+def test_memory_that_runs_out_is_torchs_own_error():
+    boxes = torch.zeros(1, 4, device="cuda").expand(10**6, 4)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^box_iou: IoUs .*: CUDA out of memory\. Tried to allocate 3725"):
+        ops.box_iou(boxes, boxes)
+    with pytest.raises(RuntimeError, match=r"CUDA out of memory\. "):
+        torch.compile(ops.box_iou, fullgraph=True, backend="aot_eager")(boxes, boxes)
 
 
 def match_and_sample(gts, anchors, offsets, groups, losses, seed):

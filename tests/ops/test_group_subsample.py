@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gs_d2 import ops
 from gs_d2.ops import reference
 
-METHODS = ["random", "wrs", "ohem"]
+METHODS = ["random", "wrs", "ohem", "ohem_all"]
 
 
 def random_labels(n, generator, num_groups):
@@ -68,6 +68,9 @@ def test_quotas(anchors, num_per_group, positive_fraction, method, seed):
     assert not drawn[(groups < 0) | (groups >= 4) | (labels < 0) | (labels > 1)].any()
     for group in range(4):
         num_pos, num_neg = (int(((labels == label) & (groups == group)).sum()) for label in (1, 0))
+        if method == "ohem_all":
+            assert int(drawn[groups == group].sum()) == min(num_pos + num_neg, num_per_group)
+            continue
         want_pos = min(num_pos, int(num_per_group * positive_fraction))
         want_neg = min(num_neg, num_per_group - want_pos)
         assert int((sampled[groups == group] == 1).sum()) == want_pos
@@ -191,6 +194,53 @@ def test_ohem_takes_the_hardest_and_the_first_of_equals():
     assert sampled.tolist() == [-1, 0, 0, -1, -1, -1]
 
 
+def test_ohem_all_takes_the_hardest_of_both_labels(device):
+    labels = torch.tensor([1, 0, 1, 1, 0, 0, -1, 1, 0], dtype=torch.int8, device=device)
+    losses = torch.tensor([0.9, 0.3, 0.5, 0.5, 0.5, 0.1, 9.0, 0.7, 9.0], device=device)
+    groups = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 5], device=device)
+
+    def draw(num_per_group, positive_fraction=0.25):
+        return ops.group_subsample(
+            labels,
+            groups,
+            num_groups=2,
+            num_per_group=num_per_group,
+            positive_fraction=positive_fraction,
+            method="ohem_all",
+            losses=losses,
+        ).tolist()
+
+    assert draw(2) == [1, -1, -1, -1, -1, -1, -1, 1, -1]  # two positives, though a quarter of 2 is none
+    assert draw(3) == [1, -1, 1, -1, -1, -1, -1, 1, -1]  # of equal losses the lowest index
+    assert draw(5) == [1, -1, 1, 1, 0, -1, -1, 1, -1]
+    assert draw(7) == draw(2**31 - 1) == [1, 0, 1, 1, 0, 0, -1, 1, -1]
+    assert draw(3, 0.0) == draw(3, 1.0) == draw(3)
+    assert draw(0) == [-1] * 9
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    anchors=st.lists(st.tuples(st.integers(-2, 2), st.integers(-1, 3), st.integers(0, 6)), max_size=200),
+    num_per_group=st.integers(0, 60),
+)
+def test_no_anchor_left_beats_one_that_ohem_all_took(anchors, num_per_group):
+    """In (loss, lowest index), among both labels of a group."""
+    labels, groups, losses = (torch.tensor([a[k] for a in anchors]) for k in range(3))
+    sampled = ops.group_subsample(
+        labels.to(torch.int8),
+        groups.long(),
+        num_groups=3,
+        num_per_group=num_per_group,
+        method="ohem_all",
+        losses=losses.float(),
+    )
+    for group in range(3):
+        ranked = sorted((-loss, i) for i, (label, g, loss) in enumerate(anchors) if g == group and label in (0, 1))
+        expected = {i for _, i in ranked[:num_per_group]}
+        assert {i for i in range(len(anchors)) if anchors[i][1] == group and sampled[i] >= 0} == expected
+        assert all(sampled[i] == anchors[i][0] for i in expected)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_equals_image_by_image(device, method):
     generator = torch.Generator().manual_seed(9)
@@ -248,31 +298,39 @@ LABELS, GROUPS = torch.zeros(5, dtype=torch.int8), torch.zeros(5, dtype=torch.in
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"match_labels": LABELS.long()}, "match_labels must have dtype Char, got Long"),
+        ({"match_labels": LABELS.long()}, "match_labels must be int8, got torch.int64"),
         ({"match_labels": LABELS[None, None]}, r"match_labels must have shape \(N,\) or \(B, N\), got \(1, 1, 5\)"),
-        ({"group_idxs": GROUPS.int()}, "group_idxs must have dtype Long, got Int"),
-        ({"group_idxs": GROUPS[:4]}, r"group_idxs must have shape \(5,\) or that of match_labels, got \(4\)"),
+        ({"group_idxs": GROUPS.int()}, "group_idxs must be int64, got torch.int32"),
+        ({"group_idxs": GROUPS[:4]}, r"group_idxs must have shape \(5,\) or that of match_labels, got \(4,\)"),
         ({"num_groups": 0}, r"num_groups must be in \[1, 1024\], got 0"),
         ({"num_per_group": -1}, r"num_per_group must be in \[0, 2\^31\), got -1"),
         ({"positive_fraction": 1.1}, r"positive_fraction must be in \[0, 1\], got 1.1"),
         ({"positive_fraction": float("nan")}, r"positive_fraction must be in \[0, 1\], got nan"),
-        ({"first_image": -1}, r"first_image must be in \[0, 2\^31\), got -1"),
-        ({"method": "wrs"}, "losses must be given for wrs and ohem, and only for them"),
-        ({"losses": torch.ones(5)}, "losses must be given for wrs and ohem, and only for them"),
-        ({"method": "wrs", "losses": torch.ones(4)}, r"losses must have the shape of match_labels, \(5\), got \(4\)"),
-        ({"method": "ohem", "losses": torch.ones(5, dtype=torch.int64)}, "losses must have dtype Float, got Long"),
-        ({"seed": torch.tensor([1])}, r"seed must be an int or a 0-dim int64 tensor, got shape \(1\)"),
-        ({"seed": torch.tensor(1.0)}, "seed must have dtype Long, got Float"),
+        ({"first_image": -1}, r"first_image must be in \[0, 2147483646\], got -1"),
+        ({"first_image": 2**31 - 1}, r"first_image must be in \[0, 2147483646\], got 2147483647"),
+        ({"first_image": 2**63 - 1}, r"first_image must be in \[0, 2147483646\], got 9223372036854775807"),
+        ({"method": "wrs"}, "losses must be given for wrs, ohem and ohem_all, and only for them, got none"),
+        ({"method": "ohem_all"}, "losses must be given for wrs, ohem and ohem_all, and only for them, got none"),
+        (
+            {"losses": torch.ones(5)},
+            "losses must be given for wrs, ohem and ohem_all, and only for them, got losses for random",
+        ),
+        ({"method": "wrs", "losses": torch.ones(4)}, r"losses must have the shape of match_labels, \(5,\), got \(4,\)"),
+        ({"method": "ohem", "losses": torch.ones(5, dtype=torch.int64)}, "losses must be float32, got torch.int64"),
+        ({"seed": torch.tensor([1])}, r"seed must be an int or a 0-dim int64 tensor, got shape \(1,\)"),
+        ({"seed": torch.tensor(1.0)}, "seed must be int64, got torch.float32"),
     ],
 )
 def test_errors(changes, message):
     arguments = {"match_labels": LABELS, "group_idxs": GROUPS, "num_groups": 1, "num_per_group": 2, **changes}
-    with pytest.raises(RuntimeError, match=f"group_subsample: {message}"):
+    with pytest.raises(RuntimeError, match=f"^group_subsample: {message}"):
         ops.group_subsample(arguments.pop("match_labels"), arguments.pop("group_idxs"), **arguments)
 
 
 def test_value_errors():
-    with pytest.raises(ValueError, match="method must be one of random, wrs, ohem, got 'focal'"):
+    with pytest.raises(
+        ValueError, match=r"^group_subsample: method must be one of random, wrs, ohem, ohem_all, got 'focal'"
+    ):
         ops.group_subsample(LABELS, GROUPS, num_groups=1, num_per_group=1, method="focal")
-    with pytest.raises(ValueError, match="seed must fit int64"):
+    with pytest.raises(ValueError, match=r"^group_subsample: seed must fit int64, got 9223372036854775808"):
         ops.group_subsample(LABELS, GROUPS, num_groups=1, num_per_group=1, seed=2**63)

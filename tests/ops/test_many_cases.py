@@ -49,7 +49,7 @@ def test_group_subsample():
         n, num_groups = integer(generator, 0, 300), integer(generator, 1, 5)
         labels = torch.randint(-2, 3, (n,), generator=generator, dtype=torch.int8)
         groups = torch.randint(-1, num_groups + 1, (n,), generator=generator)
-        method = pick(generator, "random", "wrs", "ohem")
+        method = pick(generator, "random", "wrs", "ohem", "ohem_all")
         arguments = dict(
             num_groups=num_groups,
             num_per_group=pick(generator, 0, 1, 5, 40, n, 2 * n, 2**31 - 1),

@@ -29,32 +29,34 @@ def sample_inputs(device):
         (draw, (labels, groups, None, None, 1, 0, 3, 20, 0.25, 0)),
         (draw, (labels, groups, losses, seed, 0, 2, 3, 20, 0.25, 1)),
         (draw, (labels[0], groups, losses[0], None, 1, 0, 3, 20, 0.25, 2)),
+        (draw, (labels, groups, losses, None, 1, 0, 3, 20, 0.25, 3)),
     ]
 
 
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(8))
 def test_opcheck(device, case):
     op, arguments = sample_inputs(device)[case]
     torch.library.opcheck(op, arguments)
 
 
-def match_and_sample(gts, anchors, groups, losses, seed):
+def match_and_sample(gts, anchors, groups, losses, seed, method="wrs"):
     match = ops.two_pass_match(gts, anchors)
     sampled = ops.group_subsample(
-        match.match_labels, groups, num_groups=4, num_per_group=32, method="wrs", losses=losses, seed=seed
+        match.match_labels, groups, num_groups=4, num_per_group=32, method=method, losses=losses, seed=seed
     )
     return match.matched_idxs, sampled, (sampled >= 0).sum()
 
 
+@pytest.mark.parametrize("method", ["wrs", "ohem_all"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_gives_eagers_result(dynamic):
+def test_compile_gives_eagers_result(dynamic, method):
     compiled = torch.compile(match_and_sample, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     generator = torch.Generator().manual_seed(1)
     for rows in (20, 24):
         anchors = grid_anchors(rows, 20)
         groups = torch.arange(len(anchors)) % 4
         losses = torch.rand(len(anchors), generator=generator)
-        arguments = (random_boxes(9, generator), anchors, groups, losses, torch.tensor(5))
+        arguments = (random_boxes(9, generator), anchors, groups, losses, torch.tensor(5), method)
         for a, e in zip(compiled(*arguments), match_and_sample(*arguments), strict=True):
             assert torch.equal(a, e)
 
@@ -90,7 +92,7 @@ for anchors in (grid_anchors(90, 90), nasty_boxes(5001, generator)):
     results = [*ops.two_pass_match(gts, anchors, low=0.3, second_pass="all", ignore_boxes=gts[:9])]
     results.append(ops.box_iou(gts, anchors))
     labels = torch.randint(-1, 2, (len(anchors),), generator=generator, dtype=torch.int8)
-    for method in ("random", "wrs", "ohem"):
+    for method in ("random", "wrs", "ohem", "ohem_all"):
         losses = None if method == "random" else random_losses(len(anchors), generator)
         results.append(ops.group_subsample(labels, torch.arange(len(anchors)) % 5, num_groups=4, num_per_group=300,
                                            method=method, losses=losses, seed=9))
