@@ -51,6 +51,7 @@ $(VENV)/.created: tools/preflight.py
 $(VENV)/.installed: $(VENV)/.created constraints.txt tools/install_detectron2.py
 	@$(PIP) setuptools wheel ninja torch torchvision numpy scipy h5py matplotlib tqdm safetensors \
 		pytest hypothesis ruff clang-format onnx onnxruntime onnxscript
+	@$(PIP) --no-deps timm
 	@$(PY) tools/install_detectron2.py
 	@touch $@
 

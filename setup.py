@@ -127,7 +127,10 @@ setup(
     python_requires=">={}.{}".format(*MIN_PYTHON),
     # Detectron2 is not listed: the package index has no official build of it (tools/install_detectron2.py).
     install_requires=["torch>=2.10", "numpy"],
-    extras_require={"detection": ["torchvision", "scipy", "pycocotools", "fvcore", "matplotlib"]},
+    extras_require={
+        "detection": ["torchvision", "scipy", "pycocotools", "fvcore", "matplotlib"],
+        "timm": ["timm>=1.0"],  # backbones of timm (docs/backbones.md)
+    },
     ext_modules=[ext_module],
     cmdclass={"build_ext": build_ext, "build_py": BuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -96,6 +96,20 @@ def test_without_detectron2_there_is_one_message():
     assert ops == "gs_d2.ops"
 
 
+def test_timm_is_loaded_by_its_backbones_only():
+    loaded, message = run("""
+        Hide.names = ("timm",)
+        import gs_d2.modeling, gs_d2.inference
+        print("timm" in sys.modules)
+        try:
+            gs_d2.modeling.TimmBackbone("resnet18", ["stride8"])
+        except ImportError as error:
+            print(error)
+    """)
+    assert loaded == "False"
+    assert message == "a backbone of timm needs that package (No module named 'timm'): pip install timm"
+
+
 def test_without_the_extension_the_message_says_how_to_build_it():
     (message,) = run("""
         Hide.names = ("gs_d2._C",)
@@ -174,6 +188,7 @@ def test_registered_names():
         (RPN_HEAD_REGISTRY, "SoftmaxRPNHead"),
         (BACKBONE_REGISTRY, "build_resnet_topdown_backbone"),
         (BACKBONE_REGISTRY, "build_resnet_topdown_p6_backbone"),
+        (BACKBONE_REGISTRY, "build_timm_topdown_backbone"),
         (ANCHOR_GENERATOR_REGISTRY, "ScaleStrideAnchorGenerator"),
     ):
         assert registry.get(name) is getattr(modeling, name)
@@ -203,6 +218,7 @@ def test_config_keys():
             "GROUP_SAMPLING GROUP_SCALES SAMPLER SECOND_PASS IGNORE_THRESH ANCHOR_STRIDES CHECK_DEFAULTS "
             "RETINANET_DILATED_HEAD",
         ),
+        (cfg.MODEL.GS.TIMM, "NAME OPTIONS WEIGHTS BN"),
         (cfg.INPUT.GS, "SCALES MAX_CROP_SIZE MIN_FACE_SIZE"),
         (cfg.SOLVER.GS, "ACCUMULATION_STEPS NONFINITE_LOSS OPTIMIZER BACKBONE_MULTIPLIER"),
         (cfg.TEST.GS, "SCORE_THRESH PYRAMID SCALES MAX_SIZE FLIP BOX_VOTING LEVEL_BOX_SIZE"),

@@ -80,8 +80,9 @@ def fold(net: nn.Module, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]]):
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        after[norm] = nn.Sequential(OrderedDict(norm.named_children())) if len(list(norm.children())) else nn.Identity()
+        children = OrderedDict(norm.named_children())
+        after[norm] = nn.Sequential(children) if children else nn.Identity()
     for parent in list(net.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children leaves out a module's second name
             if child in after:
                 setattr(parent, name, after[child])
