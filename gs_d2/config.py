@@ -11,7 +11,7 @@ from gs_d2 import compat  # noqa: F401
 from detectron2.config import CfgNode as CN  # isort: skip
 from detectron2.config import get_cfg  # isort: skip
 
-_MAX_CONFIG_BYTES = 2**20
+_MAX_CONFIG_BYTES = 2**20  # of a file, and of what it stands for when all aliases are written out
 
 
 def add_gs_config(cfg):
@@ -175,8 +175,9 @@ def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not YAML, an unknown key or a value of another type, naming file and key; a tag that would run code,
-            an alias (a few lines of them can stand for gigabytes), a `_BASE_` that is no local file or that leads back
-            to its own file; or `cfg` lacks the keys.
+            more than 1 MiB, also of what aliases (`*name`) stand for when they are written out (each key, value and
+            list counts as its characters and one), an alias in what it stands for, a `_BASE_` that is no local file or
+            that leads back to its own file; or `cfg` lacks the keys.
     """
     if isinstance(cfg, CN):
         if "GS" not in cfg.MODEL:
@@ -215,10 +216,41 @@ class _LocalConfig(CN):
         with open(filename, encoding="utf-8") as file:
             text = io.StringIO(file.read())
         text.name = filename  # YAML's messages name it
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError(f"{filename} has a YAML alias (*name), which configs do not need: write the value out")
+        _check_aliases(yaml.parse(text), filename)
         text.seek(0)
         return text
+
+
+def _check_aliases(events, filename):
+    """Refuses a few lines that stand for gigabytes; Detectron2's own dumps have aliases, so they cannot all be refused.
+
+    Sizes are added up as the events of the parser come, so that nothing is expanded.
+    """
+    sizes = {}  # of what an alias of that name stands for; None while that is still open
+    open_nodes = [[None, 0]]  # [name, size so far], from the outermost in
+    for event in events:
+        if isinstance(event, yaml.CollectionEndEvent):
+            name, size = open_nodes.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            name, size = None, sizes.get(event.anchor, 1)  # of a name that is not defined YAML itself complains
+            if size is None:
+                raise ValueError(f"{filename} has an alias *{event.anchor} in what it stands for")
+        elif isinstance(event, yaml.ScalarEvent):
+            name, size = event.anchor, len(event.value) + 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([event.anchor, 1])
+            name, size = event.anchor, None
+        else:
+            continue
+        if name is not None:
+            sizes[name] = size
+        if size is not None:
+            open_nodes[-1][1] += size
+            if open_nodes[-1][1] > _MAX_CONFIG_BYTES:
+                raise ValueError(
+                    f"{filename} stands for more than {_MAX_CONFIG_BYTES >> 20} MiB when its aliases (*name) are "
+                    "written out: not a config"
+                )
 
 
 def _text(error: Exception) -> str:

@@ -4,15 +4,19 @@
 2. Official: the pinned commit of facebookresearch/detectron2, built from source (about two minutes; needs git, a C++
    compiler, and torch installed).
 3. From the package index: an sdist of Detectron2 0.5 that lacks its C++ sources. It is checked by hash, mended for
-   today's numpy and Pillow, and installed without compiled ops; gs_d2 needs none of them.
+   today's numpy and Pillow, and installed without compiled ops; gs_d2 needs none of them. The last line says why
+   route 2 did not work.
 
-Run it again at any time: it ends at route 1. `--route official` or `--route index` insists on one.
+Run it again at any time: it ends at route 1. `--route official` or `--route index` insists on one and replaces what is
+there: once the new one is built, every distribution that has a package `detectron2` is uninstalled, so that no file or
+metadata of it stays behind.
 """
 
 import argparse
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -75,17 +79,28 @@ def installed_version():
     return probe.stdout.strip()
 
 
-def official_is_reachable():
+def why_not_official():
+    """Why the official Detectron2 cannot be fetched and built here; None where it seems that it can."""
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    for program in ("git", compiler):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
     try:
         answer = subprocess.run(
             ["git", "ls-remote", OFFICIAL_REPOSITORY, "HEAD"],
             env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
             capture_output=True,
+            text=True,
             timeout=30,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return answer.returncode == 0
+    except subprocess.TimeoutExpired:
+        return f"{OFFICIAL_REPOSITORY} did not answer within 30 seconds"
+    except OSError as error:
+        return f"git does not start ({error})"
+    if answer.returncode != 0:
+        said = answer.stderr.strip().splitlines() or [f"git ended with code {answer.returncode}"]
+        return f"{OFFICIAL_REPOSITORY} cannot be reached ({said[-1]})"
+    return None
 
 
 def pip(*arguments):
@@ -93,8 +108,21 @@ def pip(*arguments):
     subprocess.run([sys.executable, "-m", "pip", *arguments, *constraints], check=True)
 
 
+def replace_installed(wheel, *options):
+    """Installs the wheel in place of whichever distributions have a package `detectron2` now."""
+    owners = sorted(set(metadata.packages_distributions().get("detectron2", ())))
+    if owners:
+        print(f"Uninstalling what is there: {', '.join(f'{name} {metadata.version(name)}' for name in owners)}")
+        pip("uninstall", "--quiet", "--yes", *owners)
+    pip("install", "--quiet", *options, str(wheel))
+
+
 def install_official():
-    pip("install", "--no-build-isolation", f"git+{OFFICIAL_REPOSITORY}@{OFFICIAL_COMMIT}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = f"git+{OFFICIAL_REPOSITORY}@{OFFICIAL_COMMIT}"
+        pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+        (wheel,) = Path(folder).glob("*.whl")
+        replace_installed(wheel, "--no-build-isolation")
 
 
 def install_from_index():
@@ -116,7 +144,7 @@ def install_from_index():
         subprocess.run(build, cwd=source, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         (wheel,) = (source / "dist").glob("*.whl")
         pip("install", "--quiet", *SDIST_REQUIREMENTS)
-        pip("install", "--quiet", "--no-deps", "--force-reinstall", str(wheel))
+        replace_installed(wheel, "--no-deps")
 
 
 def mend(source: Path):
@@ -129,6 +157,28 @@ def mend(source: Path):
         if mended != text:
             path.write_text(mended, encoding="utf-8")
     (source / "detectron2" / "_C.py").write_text(STUB_C)
+
+
+def install(route):
+    """Takes that route, or with "auto" route 2 where it works and else 3; says which, and why not 2."""
+    why_not = "--route index asks for it"
+    if route != "index":
+        why_not = why_not_official() if route == "auto" else None
+        if why_not is None:
+            try:
+                install_official()
+                return "route 2: official, built from source"
+            except subprocess.CalledProcessError as error:
+                if route == "official":
+                    raise
+                why_not = f"the official one could not be built or installed, see above: {text_of(error.cmd)}"
+    print(f"Taking route 3, the package index, because {why_not}")
+    install_from_index()
+    return f"route 3: from the package index, pure Python, without its compiled ops, because {why_not}"
+
+
+def text_of(command):
+    return " ".join(map(str, command))
 
 
 def main():
@@ -145,15 +195,10 @@ def main():
         print(f"Detectron2 {version} is installed already (route 1)")
         return
     try:
-        if route == "official" or (route == "auto" and official_is_reachable()):
-            install_official()
-            taken = "route 2: official, built from source"
-        else:
-            install_from_index()
-            taken = "route 3: from the package index, pure Python, without its compiled ops"
+        taken = install(route)
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"Installing Detectron2 failed at: {' '.join(map(str, error.cmd))}\n"
+            f"Installing Detectron2 failed at: {text_of(error.cmd)}\n"
             "See the messages above; `--route official` and `--route index` insist on one way."
         )
     importlib.invalidate_caches()

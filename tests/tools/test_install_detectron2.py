@@ -1,13 +1,17 @@
 """install_detectron2.py: which route it takes, that nothing of an unchecked archive runs, and how 0.5 is mended.
 
-No test installs anything or asks the network: pip and git are replaced, and where the real pip runs it sees one folder.
+No test asks the network or installs anything here: pip and git are replaced, and the real pip sees one folder, or an
+environment of its own.
 """
 
 import hashlib
 import importlib.util
+import os
 import subprocess
 import tarfile
+import venv
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +26,7 @@ def tool(load_script):
 def run_main(tool, monkeypatch, capsys):
     """Runs main with replaced parts; returns what was printed and the routes that were tried."""
 
-    def run_main(*arguments, versions, reachable=False, fails=None):
+    def run_main(*arguments, versions, why_not="git is not installed", fails=None):
         tried = []
         versions = iter(versions)
 
@@ -35,7 +39,7 @@ def run_main(tool, monkeypatch, capsys):
             return install
 
         monkeypatch.setattr(tool, "installed_version", lambda: next(versions))
-        monkeypatch.setattr(tool, "official_is_reachable", lambda: reachable)
+        monkeypatch.setattr(tool, "why_not_official", lambda: why_not)
         monkeypatch.setattr(tool, "install_official", install("official"))
         monkeypatch.setattr(tool, "install_from_index", install("index"))
         monkeypatch.setattr("sys.argv", ["install_detectron2.py", *arguments])
@@ -46,28 +50,37 @@ def run_main(tool, monkeypatch, capsys):
 
 
 def test_nothing_to_do_where_it_is_there(run_main):
-    assert run_main(versions=["0.6"], reachable=True) == ("Detectron2 0.6 is installed already (route 1)", [])
+    assert run_main(versions=["0.6"], why_not=None) == ("Detectron2 0.6 is installed already (route 1)", [])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "before", "reachable", "route", "said"),
+    ("arguments", "before", "why_not", "route", "said"),
     [
-        ((), None, True, "official", "(route 2: official, built from source)"),
-        ((), None, False, "index", "(route 3: from the package index, pure Python, without its compiled ops)"),
-        (("--route", "official"), None, False, "official", "(route 2"),
-        (("--route", "official"), "0.5", True, "official", "(route 2"),
-        (("--route", "index"), "0.6", True, "index", "(route 3"),
+        ((), None, None, "official", "(route 2: official, built from source)"),
+        ((), None, "git is not installed", "index", "without its compiled ops, because git is not installed)"),
+        (("--route", "official"), None, "git is not installed", "official", "(route 2"),
+        (("--route", "official"), "0.5", None, "official", "(route 2"),
+        (("--route", "index"), "0.6", None, "index", "because --route index asks for it)"),
     ],
 )
-def test_routes(run_main, arguments, before, reachable, route, said):
-    printed, tried = run_main(*arguments, versions=[before, "0.6"], reachable=reachable)
+def test_routes(run_main, arguments, before, why_not, route, said):
+    printed, tried = run_main(*arguments, versions=[before, "0.6"], why_not=why_not)
     assert tried == [route]
-    assert printed.startswith("Detectron2 0.6 installed ") and said in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("Detectron2 0.6 installed ") and said in last
 
 
-def test_a_failure_names_the_command(run_main):
-    with pytest.raises(SystemExit, match=r"failed at: python -m pip install official\n.*--route index"):
-        run_main(versions=[None], reachable=True, fails="official")
+def test_an_official_one_that_does_not_build_leaves_route_3(run_main):
+    printed, tried = run_main(versions=[None, "0.5"], why_not=None, fails="official")
+    assert tried == ["official", "index"]
+    assert printed.splitlines()[-1].startswith("Detectron2 0.5 installed (route 3")
+    assert printed.count("could not be built or installed, see above: python -m pip install official") == 2
+
+
+@pytest.mark.parametrize("route", ["official", "index"])
+def test_a_failure_names_the_command(run_main, route):
+    with pytest.raises(SystemExit, match=rf"failed at: python -m pip install {route}\n.*--route index"):
+        run_main("--route", route, versions=[None], fails=route)
 
 
 def test_an_installed_detectron2_that_does_not_import(run_main):
@@ -101,14 +114,20 @@ def test_version_detection(tool, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (SimpleNamespace(returncode=0), True),
-        (SimpleNamespace(returncode=128), False),
-        (subprocess.TimeoutExpired("git", 30), False),
-        (FileNotFoundError("git"), False),
+        (SimpleNamespace(returncode=0), None),
+        (
+            SimpleNamespace(returncode=128, stderr="x\nfatal: no such host\n"),
+            "https://github.com/facebookresearch/detectron2.git cannot be reached (fatal: no such host)",
+        ),
+        (SimpleNamespace(returncode=7, stderr=""), "cannot be reached (git ended with code 7)"),
+        (subprocess.TimeoutExpired("git", 30), "detectron2.git did not answer within 30 seconds"),
+        (PermissionError("not executable"), "git does not start (not executable)"),
     ],
-    ids=["answers", "refuses", "silent", "no git"],
+    ids=["answers", "refuses", "refuses silently", "silent", "not executable"],
 )
 def test_reachability(tool, monkeypatch, answer, expected):
+    monkeypatch.setattr(tool.shutil, "which", lambda name: f"/bin/{name}")
+
     def run(command, env, timeout, **kwargs):
         assert command[:2] == ["git", "ls-remote"] and command[2] == tool.OFFICIAL_REPOSITORY
         assert env["GIT_TERMINAL_PROMPT"] == "0", "git must not ask for a password"
@@ -117,17 +136,89 @@ def test_reachability(tool, monkeypatch, answer, expected):
         return answer
 
     monkeypatch.setattr(tool.subprocess, "run", run)
-    assert tool.official_is_reachable() is expected
+    found = tool.why_not_official()
+    assert found is expected if expected is None else expected in found
+
+
+@pytest.mark.parametrize(("missing", "cxx"), [("git", None), ("c++", None), ("clang++", "clang++ -O2")])
+def test_a_missing_program_is_named(tool, monkeypatch, missing, cxx):
+    monkeypatch.delenv("CXX", raising=False)
+    if cxx:
+        monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setattr(tool.shutil, "which", lambda name: None if name == missing else f"/bin/{name}")
+    monkeypatch.setattr(tool.subprocess, "run", lambda *args, **kwargs: pytest.fail("git was started"))
+    assert tool.why_not_official() == f"{missing} is not installed"
 
 
 def test_the_official_route_is_pinned(tool, monkeypatch):
     commands = []
-    monkeypatch.setattr(tool.subprocess, "run", lambda command, check: commands.append(command))
+
+    def run(command, check):
+        commands.append(command)
+        if "-w" in command:
+            (Path(command[command.index("-w") + 1]) / "detectron2-0.6-py3-none-any.whl").touch()
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    monkeypatch.setattr(tool.metadata, "packages_distributions", dict)
     tool.install_official()
-    (command,) = commands
-    assert command[1:4] == ["-m", "pip", "install"] and "--no-build-isolation" in command
-    assert "git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833" in command
-    assert command[-2:] == ["-c", str(tool.CONSTRAINTS)] and tool.CONSTRAINTS.is_file()
+    build, install = commands
+    assert build[1:4] == ["-m", "pip", "wheel"] and "--no-build-isolation" in build and "--no-deps" in build
+    assert "git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833" in build
+    assert install[1:4] == ["-m", "pip", "install"] and "--no-build-isolation" in install
+    assert install[-3].endswith("detectron2-0.6-py3-none-any.whl")
+    assert install[-2:] == ["-c", str(tool.CONSTRAINTS)] and tool.CONSTRAINTS.is_file()
+
+
+def wheel_of(folder, name, version, files):
+    """A wheel as setuptools makes it."""
+    path = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    files = {
+        **{f"detectron2/{file}": text for file, text in files.items()},
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/top_level.txt": "detectron2\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """A virtual environment with pip and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def test_nothing_of_the_old_one_stays_behind(tool, bare_python, tmp_path):
+    """The real pip, from 0.5 to the official one and back, and once more over itself."""
+    old = wheel_of(tmp_path, "detectron2-cdo", "0.5", {"__init__.py": "", "_C.py": "", "old.py": ""})
+    new = wheel_of(tmp_path, "detectron2", "0.6", {"__init__.py": "", "new.py": ""})
+    script = (
+        "import importlib.util, sys; from importlib import metadata; from pathlib import Path\n"
+        f"spec = importlib.util.spec_from_file_location('tool', {tool.__file__!r})\n"
+        "tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)\n"
+        "tool.replace_installed(Path(sys.argv[1]), '--no-deps', '--no-index')\n"
+    )
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment.pop("PYTHONPATH", None)
+    (site,) = bare_python.parent.parent.glob("lib/python*/site-packages")
+    for wheel, said, files, info in (
+        (old, "", {"__init__.py", "_C.py", "old.py"}, "detectron2_cdo-0.5.dist-info"),
+        (new, "Uninstalling what is there: detectron2-cdo 0.5", {"__init__.py", "new.py"}, "detectron2-0.6.dist-info"),
+        (new, "Uninstalling what is there: detectron2 0.6", {"__init__.py", "new.py"}, "detectron2-0.6.dist-info"),
+        (old, "Uninstalling what is there: detectron2 0.6", {"__init__.py", "_C.py", "old.py"}, "detectron2_cdo-0.5.d"),
+    ):
+        command = [str(bare_python), "-c", script, str(wheel)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == said
+        assert {path.name for path in (site / "detectron2").iterdir() if path.is_file()} == files
+        (found,) = (path.name for path in site.iterdir() if path.name.startswith("detectron2") and path.suffix)
+        assert found.startswith(info)
 
 
 SETUP = """
@@ -177,6 +268,7 @@ def installed(tool, monkeypatch):
             pip(command, *arguments)
 
     monkeypatch.setattr(tool, "pip", replaced)
+    monkeypatch.setattr(tool.metadata, "packages_distributions", dict)  # nothing is there to be replaced
     return installed
 
 
