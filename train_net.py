@@ -18,8 +18,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import gs_d2.data  # noqa: F401  (registers the data sets)
 from gs_d2.config import check_config, check_training, load_config
+from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
 
 
@@ -40,6 +40,10 @@ def checked_config(args):
         )
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         sys.exit("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
+    try:
+        check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    except ValueError as error:
+        sys.exit(str(error))
     return cfg
 
 

@@ -205,16 +205,57 @@ def test_resume_continues_where_a_killed_run_was(trained, drawn_datasets, tmp_pa
 
 def test_a_missing_data_set_names_the_folder(tmp_path):
     result = train_net(tmp_path / "nowhere", tmp_path / "output")
-    assert result.returncode != 0
+    assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert str(tmp_path / "nowhere" / "widerface" / "wider_face_split" / "wider_face_train_bbx_gt.txt") in last
-    assert "DETECTRON2_DATASETS" in last
+    assert last.startswith("DATASETS.TRAIN wider_face_train: There is no list ")
+    assert "DETECTRON2_DATASETS" in last and "tools/prepare_wider_face.py" in last
+    assert "Traceback" not in result.stderr and not (tmp_path / "output").exists()
 
 
 def run_here(monkeypatch, *arguments):
     """The command line in this process, for what ends before any work begins."""
     monkeypatch.setattr(sys, "argv", ["train_net.py", *arguments])
     runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__")
+
+
+@pytest.fixture
+def nowhere(tmp_path):
+    """Two registered data sets whose files are missing."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from gs_d2.data import register_wider_face
+
+    names = ["nowhere_train", "nowhere_val"]
+    for name in names:
+        register_wider_face(name, tmp_path / f"{name}.txt", tmp_path / "images")
+    yield ("DATASETS.TRAIN", "('nowhere_train',)", "DATASETS.TEST", "('nowhere_val',)")
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "opts", "message"),
+    [
+        ((), (), r"DATASETS\.TRAIN nowhere_train: There is no list .*nowhere_train\.txt"),
+        (("--num-gpus", "2"), (), r"DATASETS\.TRAIN nowhere_train: There is no list .*nowhere_train\.txt"),
+        (("--resume",), ("DATASETS.TRAIN", "('nowher_train',)"), "DATASETS.TRAIN: .*did you mean nowhere_train"),
+        (("--eval-only",), (), r"DATASETS\.TEST nowhere_val: There is no list .*nowhere_val\.txt"),
+        (("--eval-only",), ("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty: name a data set"),
+    ],
+)
+def test_data_sets_are_looked_at_before_any_process(monkeypatch, tmp_path, nowhere, flags, opts, message):
+    monkeypatch.setattr("gs_d2.engine.launch", lambda *args: pytest.fail("started"))
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=message) as end:
+        run_here(
+            monkeypatch,
+            *("--config-file", str(ROOT / CONFIG), *flags, "MODEL.WEIGHTS", "x.pth", *nowhere, *opts),
+            *("OUTPUT_DIR", str(output)),
+        )
+    assert "\n" not in end.value.code
+    assert not output.exists()
 
 
 def test_no_config_file(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import os
 from gs_d2 import compat  # noqa: F401  isort: skip
 
 from gs_d2.data.augmentation import FaceCrop, ScaleJitterCrop, ShortSideCrop
+from gs_d2.data.check_data_sets import check_data_sets
 from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
 from gs_d2.data.dataset_mapper import FaceDatasetMapper
 from gs_d2.data.face_eval import load_face_eval, register_all_face_eval, register_face_eval
@@ -21,6 +22,7 @@ __all__ = [
     "ShortSideCrop",
     "build_test_loader",
     "build_training_views",
+    "check_data_sets",
     "dataset_mapper_of",
     "load_face_eval",
     "load_fddb",

@@ -4,16 +4,11 @@ import logging
 
 import numpy as np
 import torch
-from detectron2.data import (
-    DatasetFromList,
-    MetadataCatalog,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 
+from gs_d2.data.check_data_sets import check_test_images
 from gs_d2.data.coco import dataset_mapper_of
 from gs_d2.data.dataset_mapper import BadDataError, FaceDatasetMapper, off_the_image
-from gs_d2.data.missing_files import check_images, where_it_belongs
 
 _MAX_TRIES = 100  # of images in place of a bad one
 _logger = logging.getLogger(__name__)
@@ -33,9 +28,7 @@ def build_test_loader(cfg, dataset_name: str):
             BadDataError with its name when its turn comes: an evaluation without it would be another benchmark's.)
     """
     records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    image_root = MetadataCatalog.get(dataset_name).get("image_root")
-    if image_root is not None:
-        check_images(records, image_root, where_it_belongs(dataset_name, f"files of {image_root}"))
+    check_test_images(dataset_name, records)
     return build_detection_test_loader(cfg, dataset_name, mapper=dataset_mapper_of(dataset_name)(cfg, is_train=False))
 
 

@@ -6,13 +6,19 @@ import os
 def where_it_belongs(data_set: str, layout: str) -> str:
     """A sentence that names DETECTRON2_DATASETS, what it is now, and the layout below it."""
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    return f"{data_set} belongs under $DETECTRON2_DATASETS (now {root!r}) as {layout}"
+    tool = "; tools/prepare_wider_face.py puts it there" if data_set == "WIDER FACE" else ""
+    return f"{data_set} belongs under $DETECTRON2_DATASETS (now {root!r}) as {layout}{tool}"
+
+
+def check_folder(image_root, hint: str) -> None:
+    """Raises FileNotFoundError, with the hint, unless there is such a folder."""
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(f"There is no folder {image_root} with the images. {hint}")
 
 
 def check_images(records: list[dict], image_root, hint: str) -> None:
     """Raises FileNotFoundError, with numbers, an example and the hint, unless every `file_name` is there."""
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"There is no folder {image_root} with the images. {hint}")
+    check_folder(image_root, hint)
     missing = [record["file_name"] for record in records if not os.path.isfile(record["file_name"])]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(records)} images are missing, first {missing[0]}. {hint}")
