@@ -340,10 +340,18 @@ def test_the_papers_baseline_differs_in_anchors_and_sampling_alone():
     }
 
 
-def test_resnet_152_trains_as_the_paper_does():
-    cfg = load("wider/fpn_finest_sampling_r152.yaml")
-    assert cfg.SOLVER.WARMUP_ITERS == 20 * 12880 / cfg.SOLVER.IMS_PER_BATCH
-    assert (cfg.SOLVER.BASE_LR, cfg.TEST.GS.FLIP, cfg.MODEL.RPN.IN_FEATURES) == (0.02, True, ["p3"])
+def test_resnet_152_differs_in_what_section_7_names():
+    """P3, the rate and its warm-up, flip at test; the box loss, which it does not name, stays."""
+    assert changes("wider/fpn_finest_sampling_lsiou.yaml", "wider/fpn_finest_sampling_r152.yaml") == {
+        "MODEL.WEIGHTS": "weights/resnet152.pth",
+        "MODEL.RESNETS.DEPTH": 152,
+        "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+        "MODEL.RPN.IN_FEATURES": ["p3"],
+        "SOLVER.BASE_LR": 0.02,
+        "SOLVER.WARMUP_ITERS": 20 * 12880 // 8,
+        "TEST.GS.FLIP": True,
+    }
+    assert load("wider/fpn_finest_sampling_r152.yaml").MODEL.RPN.BBOX_REG_LOSS_TYPE == "least_square_iou"
 
 
 SMALL_NET = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 16".split()
