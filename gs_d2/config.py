@@ -197,6 +197,12 @@ _RIGHT_FOR_COCO = {
 _READ_BY_RETINANET = {"TEST.DETECTIONS_PER_IMAGE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.POSITIVE_FRACTION"}
 _BREAKING_SINGLE_STAGE = [("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5")]
 _BREAKING_TWO_STAGE = [
+    (
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+        12000,
+        "over all scales together it starves small proposals, and the second stage of samples; use 50000 as at test",
+    ),
+    ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 2000, "the second stage samples from these; use 4000, 1000 of each scale"),
     ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class"),
     ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5], "two-pass matching needs [low, high]; the paper uses [0.5, 0.6]"),
 ]

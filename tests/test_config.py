@@ -128,7 +128,13 @@ def test_a_breaking_default_is_named(key, default):
 
 
 @pytest.mark.parametrize(
-    ("key", "default"), [("MODEL.ROI_HEADS.NUM_CLASSES", 80), ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5])]
+    ("key", "default"),
+    [
+        ("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 12000),
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 2000),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 80),
+        ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5]),
+    ],
 )
 def test_a_breaking_default_of_the_second_stage_is_named(key, default):
     assert get(get_cfg(), key) == default, "Detectron2 has another default: does it still break the method?"
@@ -176,6 +182,19 @@ def test_table_14_changes_the_second_stage_alone():
     cfg = load("coco/fast_rcnn_lsiou_sampling_wrs.yaml")
     assert cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "smooth_l1"
     assert cfg.MODEL.GS.ROI.GROUP_SCALES == [32, 64, 128, 256, 512] and cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p3"]
+
+
+def test_proposals_come_from_as_many_boxes_as_the_paper_keeps():
+    for name in YAML_FILES:
+        cfg = load(name)
+        if cfg.MODEL.META_ARCHITECTURE != "GroupedFastRCNN" or name.startswith("quick/"):
+            continue
+        rpn = cfg.MODEL.RPN
+        before = (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST)
+        assert before == ((50000, 200000) if is_coco(name) else (50000, 50000)), name
+        num_scales = len(cfg.MODEL.GS.ROI.GROUP_SCALES)
+        assert rpn.POST_NMS_TOPK_TRAIN == 1000 * num_scales, name
+        assert rpn.POST_NMS_TOPK_TEST == (200 if is_coco(name) else 1000) * num_scales, name
 
 
 def test_all_breaking_defaults_are_named_at_once():

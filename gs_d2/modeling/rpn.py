@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gs_d2.modeling.decoding import best_boxes
 from gs_d2.modeling.group_loss import GroupLoss
-from gs_d2.modeling.nms import top_nms
-from gs_d2.modeling.sampling import first_of_each_group, group_by_scale
+from gs_d2.modeling.nms import top_nms, top_nms_of_groups
+from gs_d2.modeling.sampling import group_by_scale
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -57,7 +57,8 @@ class GroupSamplingRPN(torch.nn.Module):
             loss_weight: factors of "loss_rpn_cls" and "loss_rpn_loc" (eta of eq. 2); None is 1 for both.
             proposal_scales, group_post_nms_topk: with a count above 0 for (training, test), so many proposals are kept
                 of each reference scale (eq. 4), in pixels, after an NMS over all, so that small ones survive;
-                `post_nms_topk` then is the limit of all. None and 0: the best whatever their scale.
+                `post_nms_topk` then is the limit of all: those of the highest scores. None and 0: the best whatever
+                their scale.
         """
         super().__init__()
         if max(group_post_nms_topk) > 0 and not proposal_scales:
@@ -150,9 +151,9 @@ class GroupSamplingRPN(torch.nn.Module):
         limit, per_scale = self.post_nms_topk[self.training], self.group_post_nms_topk[self.training]
         if per_scale == 0:
             return candidates[top_nms(boxes, scores, self.nms_thresh, limit)]
-        candidates = candidates[top_nms(boxes, scores, self.nms_thresh, len(boxes))]
-        scale_idxs = group_by_scale(candidates.proposal_boxes.area().sqrt(), self.proposal_scales)
-        return candidates[first_of_each_group(scale_idxs, len(self.proposal_scales), per_scale)][:limit]
+        scales = self.proposal_scales
+        scale_idxs = group_by_scale(candidates.proposal_boxes.area().sqrt(), scales)
+        return candidates[top_nms_of_groups(boxes, scores, self.nms_thresh, limit, scale_idxs, len(scales), per_scale)]
 
     def predict_candidates(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         """What :meth:`forward` proposes before NMS: for detectors that merge several views of an image themselves.
