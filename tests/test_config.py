@@ -172,7 +172,8 @@ def test_table_14_changes_the_second_stage_alone():
         ("fast_rcnn_lsiou", "fast_rcnn_lsiou_wrs"): {"MODEL.GS.ROI.SAMPLER": "wrs"},
         ("fast_rcnn_lsiou", "fast_rcnn_lsiou_sampling"): {
             "MODEL.GS.ROI.GROUP_SAMPLING": True,
-            "MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN": 400,
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 128,
+            "MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN": 1000,
             "MODEL.GS.GROUP_POST_NMS_TOPK_TEST": 200,
         },
         ("fast_rcnn_lsiou_sampling", "fast_rcnn_lsiou_sampling_wrs"): {"MODEL.GS.ROI.SAMPLER": "wrs"},
@@ -195,6 +196,48 @@ def test_proposals_come_from_as_many_boxes_as_the_paper_keeps():
         num_scales = len(cfg.MODEL.GS.ROI.GROUP_SCALES)
         assert rpn.POST_NMS_TOPK_TRAIN == 1000 * num_scales, name
         assert rpn.POST_NMS_TOPK_TEST == (200 if is_coco(name) else 1000) * num_scales, name
+
+
+@pytest.mark.parametrize(
+    ("without", "with_groups"),
+    [
+        ("wider/fast_rcnn_lsiou.yaml", "wider_gs.yaml"),
+        ("coco/fast_rcnn_lsiou.yaml", "coco/fast_rcnn_lsiou_sampling.yaml"),
+    ],
+)
+def test_group_sampling_of_the_second_stage_takes_no_more_samples(without, with_groups):
+    """So that rows differ in which samples they take; and there are many more proposals to take them from."""
+    without, with_groups = load(without), load(with_groups)
+    num_scales = len(with_groups.MODEL.GS.ROI.GROUP_SCALES)
+    assert without.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == num_scales * with_groups.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    assert with_groups.MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN > 7 * with_groups.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    assert without.MODEL.RPN.POST_NMS_TOPK_TRAIN == num_scales * with_groups.MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+            3999,
+            r"1000 of each of 4 .*RPN\.POST_NMS_TOPK_TRAIN 3999, .*: set it to 4000",
+        ),
+        ("MODEL.RPN.POST_NMS_TOPK_TEST", 2500, r"1000 of each of 4 .*RPN\.POST_NMS_TOPK_TEST 2500, .*: set it to 4000"),
+        (
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+            1000,
+            "BATCH_SIZE_PER_IMAGE 1000 samples .*TOPK_TRAIN 1000 proposals",
+        ),
+    ],
+)
+def test_counts_by_which_the_second_stage_has_nothing_to_sample_from(key, value, message):
+    cfg = load("wider_gs.yaml")
+    check_config(cfg)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+    cfg.merge_from_list(["MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN", 0, "MODEL.GS.GROUP_POST_NMS_TOPK_TEST", 0])
+    check_config(cfg)  # without counts of each scale there is nothing to contradict
 
 
 def test_all_breaking_defaults_are_named_at_once():
@@ -286,8 +329,9 @@ def changes(name, other) -> dict:
 def test_the_papers_final_model_is_fast_rcnn_with_group_sampling():
     assert changes("wider/fast_rcnn_lsiou.yaml", "wider_gs.yaml") == {
         "MODEL.GS.ROI.GROUP_SAMPLING": True,
-        "MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN": 500,
+        "MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN": 1000,
         "MODEL.GS.GROUP_POST_NMS_TOPK_TEST": 1000,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 128,
     }
     cfg = load("wider_gs.yaml")
     assert cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN" and cfg.MODEL.GS.GROUP_SAMPLING
