@@ -195,6 +195,9 @@ _RIGHT_FOR_COCO = {
     "MODEL.RPN.POST_NMS_TOPK_TEST",
     "MODEL.ROI_HEADS.NUM_CLASSES",
 }
+TWO_STAGES = ("GroupedFastRCNN", "GeneralizedRCNN")  # ours, and Detectron2's, which takes our parts too
+_GROUPED_HEADS = ("GroupedROIHeads", "PositionSensitiveROIHeads")
+_READ_BY_GROUPED_HEADS = {"MODEL.ROI_HEADS.IOU_THRESHOLDS"}
 _READ_BY_RETINANET = {"TEST.DETECTIONS_PER_IMAGE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.POSITIVE_FRACTION"}
 _BREAKING_SINGLE_STAGE = [("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5")]
 _BREAKING_TWO_STAGE = [
@@ -211,7 +214,7 @@ _BREAKING_TWO_STAGE = [
 
 def detection_limits(cfg) -> tuple[float, int]:
     """IoU of the NMS that gives a model's detections, and the most of an image, from whichever keys its stages use."""
-    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":
+    if cfg.MODEL.META_ARCHITECTURE in TWO_STAGES:
         return cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
     if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
         return cfg.MODEL.RETINANET.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
@@ -285,7 +288,8 @@ def _check_proposals(cfg):
                 f"than MODEL.RPN.POST_NMS_TOPK_{phase} {limit}, which keeps those of the highest scores, seldom small "
                 f"ones: set it to {per_scale * num_scales}"
             )
-    if gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none" and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
+    grouped = cfg.MODEL.ROI_HEADS.NAME in _GROUPED_HEADS and gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none"
+    if grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
         raise ValueError(
             f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE {num_samples} samples of each reference scale are all of its "
             f"MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN {gs.GROUP_POST_NMS_TOPK_TRAIN} proposals, so that every sampler takes "
@@ -308,12 +312,14 @@ def check_config(cfg):
     if not cfg.MODEL.GS.CHECK_DEFAULTS:
         return
     broken = []
-    two_stage = cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN"
+    two_stage = cfg.MODEL.META_ARCHITECTURE in TWO_STAGES
     if two_stage:
         _check_proposals(cfg)
     of_stages = _BREAKING_TWO_STAGE if two_stage else _BREAKING_SINGLE_STAGE
     for key, default, reason in _BREAKING_DEFAULTS + of_stages:
         if key in _RIGHT_FOR_COCO and _trains_on_coco(cfg):
+            continue
+        if key in _READ_BY_GROUPED_HEADS and cfg.MODEL.ROI_HEADS.NAME not in _GROUPED_HEADS:
             continue
         if key not in _READ_BY_RETINANET and cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
             continue

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -60,12 +61,26 @@ def top_nms_of_groups(
     Returns:
         int64 Tensor[K]: K <= min(max_kept, num_groups * max_per_group) indices; of equal scores the lower comes first.
     """
-    found = group_idxs[:0]
+    kept = group_idxs[:0]
     for kept in _kept_by_chunks(boxes, scores, iou_thresh):
-        found = kept[first_of_each_group(group_idxs[kept], num_groups, max_per_group)]
-        if len(found) >= min(max_kept, num_groups * max_per_group):
+        counts = torch.bincount(group_idxs[kept], minlength=num_groups).clamp(max=max_per_group)
+        if counts.sum() >= min(max_kept, num_groups * max_per_group):
             break
-    return found[:max_kept]
+    return kept[first_of_each_group(group_idxs[kept], num_groups, max_per_group)][:max_kept]
+
+
+def select_detections(candidates: Instances, num_classes: int, iou_thresh: float, max_kept: int) -> Instances:
+    """Of an image's candidates those that NMS within each class keeps, the best `max_kept`.
+
+    Args:
+        candidates: with `pred_boxes`, `scores` and `pred_classes`, in [0, num_classes), in any order, and any other
+            fields.
+
+    Returns:
+        Instances: the detections by falling score; of equal scores the first candidate wins.
+    """
+    classes = candidates.pred_classes if num_classes > 1 else None
+    return candidates[top_nms(candidates.pred_boxes.tensor, candidates.scores, iou_thresh, max_kept, classes)]
 
 
 def _kept_by_chunks(

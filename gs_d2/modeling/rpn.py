@@ -22,7 +22,8 @@ from gs_d2.modeling.sampling import group_by_scale
 class GroupSamplingRPN(torch.nn.Module):
     """Two-pass matching, group sampling and the loss of eq. 2; proposals by one NMS over all scales.
 
-    In place of Detectron2's ``RPN`` (``MODEL.PROPOSAL_GENERATOR.NAME: "GroupSamplingRPN"``): same call and return.
+    In place of Detectron2's ``RPN`` (``MODEL.PROPOSAL_GENERATOR.NAME: "GroupSamplingRPN"``): same call and return, so
+    that it also goes into Detectron2's own ``GeneralizedRCNN`` and ``ProposalNetwork``.
     """
 
     @configurable
@@ -130,9 +131,8 @@ class GroupSamplingRPN(torch.nn.Module):
             with_proposals: False spares a single-stage detector decoding and NMS in training.
 
         Returns:
-            proposals (list[Instances]): by falling score, with `proposal_boxes` (clipped to the image),
-                `objectness_logits` (sigmoid is the face probability) and `anchor_scales` (pixels); empty list if
-                `with_proposals` is False.
+            proposals (list[Instances]): by falling score, with `proposal_boxes` (clipped to the image) and
+                `objectness_logits` (sigmoid is the face probability); empty list if `with_proposals` is False.
             losses (dict): "loss_rpn_cls" and "loss_rpn_loc" in training, else empty.
         """
         anchors, logits, deltas = self.predict(features)
@@ -143,7 +143,13 @@ class GroupSamplingRPN(torch.nn.Module):
         proposals = []
         if with_proposals:
             proposals = [self._select(x) for x in self._decode(anchors, logits, deltas, images.image_sizes, 0.0)]
+            for x in proposals:
+                x.remove("anchor_scales")  # Detectron2's ROI heads take no fields that the ground truth has not
         return proposals, losses
+
+    def propose(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
+        """:meth:`forward`'s proposals, which also have `anchor_scales`, in pixels."""
+        return [self._select(x) for x in self._decode(*self.predict(features), images.image_sizes, 0.0)]
 
     @torch.no_grad()
     def _select(self, candidates: Instances) -> Instances:
@@ -163,7 +169,7 @@ class GroupSamplingRPN(torch.nn.Module):
 
         Returns:
             For each image the boxes of the highest scores, at most PRE_NMS_TOPK, of a probability of at least
-            `score_thresh_test`, with the fields of its proposals.
+            `score_thresh_test`, with the fields of :meth:`propose`.
         """
         return self._decode(*self.predict(features), images.image_sizes, self.score_thresh_test)
 

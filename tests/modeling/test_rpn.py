@@ -169,9 +169,20 @@ def test_proposals():
         assert 0 < len(boxes) <= 100
         assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
         assert (scores[:-1] >= scores[1:]).all() and (scores.sigmoid() >= 0.3).all()
-        assert set(proposal.anchor_scales.tolist()) <= set(map(float, SCALES))
+        assert set(proposal.get_fields()) == {"proposal_boxes", "objectness_logits"}, "as Detectron2's"
         ious = ops.box_iou(boxes, boxes)
         assert (ious.fill_diagonal_(0) <= 0.5).all()
+
+
+def test_proposals_with_the_scales_of_their_anchors():
+    rpn = build().eval()
+    images, features, _ = inputs()
+    plain, _ = rpn(images, features)
+    for proposal, expected in zip(rpn.propose(images, features), plain, strict=True):
+        assert torch.equal(proposal.proposal_boxes.tensor, expected.proposal_boxes.tensor)
+        assert torch.equal(proposal.objectness_logits, expected.objectness_logits)
+        assert len(set(proposal.anchor_scales.tolist())) > 1
+        assert set(proposal.anchor_scales.tolist()) <= set(map(float, SCALES))
 
 
 def crowded_candidates(num_large=60, seed=0):
