@@ -51,7 +51,8 @@ def add_gs_config(cfg):
     # GroupSamplingRetinaNet: True puts DilatedRPNHead's branches in place of RetinaNet's two subnets of convolutions.
     cfg.MODEL.GS.RETINANET_DILATED_HEAD = False
     # Proposals kept of each reference scale (MODEL.GS.ROI.GROUP_SCALES) after NMS, so that small ones reach the second
-    # stage; POST_NMS_TOPK_* limits their sum. 0 = the best of all scales together.
+    # stage; POST_NMS_TOPK_*, the limit of their sum, must have room for all. In training more than
+    # ROI_HEADS.BATCH_SIZE_PER_IMAGE, or its sampler has nothing to choose from. 0 = the best of all scales together.
     cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN = 0
     cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST = 0
     # Convolutions in channels-last memory order: the same result up to rounding, faster on CPUs and with tensor cores.
@@ -279,9 +280,18 @@ _RIGHT_FOR_COCO = {
     "MODEL.RPN.POST_NMS_TOPK_TEST",
     "MODEL.ROI_HEADS.NUM_CLASSES",
 }
+TWO_STAGES = ("GroupedFastRCNN", "GeneralizedRCNN")  # ours, and Detectron2's, which takes our parts too
+_GROUPED_HEADS = ("GroupedROIHeads", "PositionSensitiveROIHeads")
+_READ_BY_GROUPED_HEADS = {"MODEL.ROI_HEADS.IOU_THRESHOLDS"}
 _READ_BY_RETINANET = {"TEST.DETECTIONS_PER_IMAGE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.POSITIVE_FRACTION"}
 _BREAKING_SINGLE_STAGE = [("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5")]
 _BREAKING_TWO_STAGE = [
+    (
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+        12000,
+        "over all scales together it starves small proposals, and the second stage of samples; use 50000 as at test",
+    ),
+    ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 2000, "the second stage samples from these; use 4000, 1000 of each scale"),
     ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class"),
     ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5], "two-pass matching needs [low, high]; the paper uses [0.5, 0.6]"),
 ]
@@ -289,7 +299,7 @@ _BREAKING_TWO_STAGE = [
 
 def detection_limits(cfg) -> tuple[float, int]:
     """IoU of the NMS that gives a model's detections, and the most of an image, from whichever keys its stages use."""
-    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":
+    if cfg.MODEL.META_ARCHITECTURE in TWO_STAGES:
         return cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
     if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
         return cfg.MODEL.RETINANET.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
@@ -384,6 +394,31 @@ def check_training(cfg):
         )
 
 
+def _check_proposals(cfg):
+    """Refuses counts of proposals by which the second stage's group sampling would come to nothing.
+
+    Raises:
+        ValueError: naming the keys, their values and what to set.
+    """
+    gs, num_samples = cfg.MODEL.GS, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    num_scales = len(gs.ROI.GROUP_SCALES)
+    for phase in ("TRAIN", "TEST"):
+        per_scale, limit = gs[f"GROUP_POST_NMS_TOPK_{phase}"], cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"]
+        if per_scale * num_scales > limit:
+            raise ValueError(
+                f"MODEL.GS.GROUP_POST_NMS_TOPK_{phase} {per_scale} of each of {num_scales} reference scales is more "
+                f"than MODEL.RPN.POST_NMS_TOPK_{phase} {limit}, which keeps those of the highest scores, seldom small "
+                f"ones: set it to {per_scale * num_scales}"
+            )
+    grouped = cfg.MODEL.ROI_HEADS.NAME in _GROUPED_HEADS and gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none"
+    if grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE {num_samples} samples of each reference scale are all of its "
+            f"MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN {gs.GROUP_POST_NMS_TOPK_TRAIN} proposals, so that every sampler takes "
+            "the same: lower the first (the configs have 128), or raise the second (1000)"
+        )
+
+
 def _trains_on_coco(cfg) -> bool:
     return any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
 
@@ -399,10 +434,14 @@ def check_config(cfg):
     if not cfg.MODEL.GS.CHECK_DEFAULTS:
         return
     broken = []
-    two_stage = cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN"
+    two_stage = cfg.MODEL.META_ARCHITECTURE in TWO_STAGES
+    if two_stage:
+        _check_proposals(cfg)
     of_stages = _BREAKING_TWO_STAGE if two_stage else _BREAKING_SINGLE_STAGE
     for key, default, reason in _BREAKING_DEFAULTS + of_stages:
         if key in _RIGHT_FOR_COCO and _trains_on_coco(cfg):
+            continue
+        if key in _READ_BY_GROUPED_HEADS and cfg.MODEL.ROI_HEADS.NAME not in _GROUPED_HEADS:
             continue
         if key not in _READ_BY_RETINANET and cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
             continue

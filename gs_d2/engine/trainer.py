@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
-from gs_d2.config import FLAT_DECAY, check_training, detection_limits
+from gs_d2.config import FLAT_DECAY, TWO_STAGES, check_training, detection_limits
 from gs_d2.data import build_test_loader, build_training_views, register_subset
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.schedule import FlatThenDecay
@@ -296,7 +296,7 @@ def test_setting(cfg):
     if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
         score_thresh = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
         before_nms = f"{cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST} of each feature map"
-    if cfg.MODEL.META_ARCHITECTURE == "GroupedFastRCNN":  # its RPN's own NMS is of proposals
+    if cfg.MODEL.META_ARCHITECTURE in TWO_STAGES:  # its RPN's own NMS is of proposals
         per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
         before_nms = f"{cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals"
         before_nms += f", {per_scale} per reference scale" if per_scale else ""

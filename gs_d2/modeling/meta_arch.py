@@ -10,7 +10,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from gs_d2.modeling.nms import top_nms
+from gs_d2.modeling.nms import select_detections
 
 
 @META_ARCH_REGISTRY.register()
@@ -51,6 +51,7 @@ class RPNDetector(nn.Module):
             autocast_dtype: "bfloat16" or "float16", in which convolutions then run; "" leaves it to the caller.
         """
         super().__init__()
+        _check_part(self, "PROPOSAL_GENERATOR.NAME", proposal_generator, "predict_candidates")
         if autocast_dtype not in ("", "bfloat16", "float16"):
             raise ValueError(f"AUTOCAST_DTYPE must be bfloat16, float16 or empty, got {autocast_dtype!r}")
         self.backbone = backbone
@@ -157,9 +158,7 @@ class RPNDetector(nn.Module):
         Returns:
             Instances: the detections by falling score; of equal scores the first candidate wins.
         """
-        classes = candidates.pred_classes if self.num_classes > 1 else None
-        boxes, scores = candidates.pred_boxes.tensor, candidates.scores
-        return candidates[top_nms(boxes, scores, self.nms_thresh, self.max_detections, classes)]
+        return select_detections(candidates, self.num_classes, self.nms_thresh, self.max_detections)
 
     @staticmethod
     def split_by_scale(candidates: Instances) -> list[Instances]:
@@ -215,6 +214,7 @@ class GroupedFastRCNN(RPNDetector):
             detector: as :class:`RPNDetector`.
         """
         super().__init__(**detector)
+        _check_part(self, "ROI_HEADS.NAME", roi_heads, "predict_candidates")
         self.roi_heads = roi_heads
 
     @classmethod
@@ -239,12 +239,20 @@ class GroupedFastRCNN(RPNDetector):
 
     def _candidates(self, images: ImageList) -> list[Instances]:
         features = self.backbone(images.tensor)
-        proposals, _ = self.proposal_generator(images, features)
-        detections, _ = self.roi_heads(images, features, proposals)
-        for x in detections:
+        candidates = self.roi_heads.predict_candidates(features, self.proposal_generator.propose(images, features))
+        for x in candidates:
             x.group_scales = x.anchor_scales
             x.remove("anchor_scales")
-        return detections
+        return candidates
+
+
+def _check_part(detector: nn.Module, key: str, part: nn.Module | None, method: str):
+    if not hasattr(part, method):
+        raise ValueError(
+            f"{type(detector).__name__} needs a part of this project for MODEL.{key}, or another with {method}, and "
+            f"{type(part).__name__} has none: set MODEL.META_ARCHITECTURE to the detector that it belongs to, as "
+            "Detectron2's GeneralizedRCNN, which takes this project's proposal generator and ROI heads, too"
+        )
 
 
 def _as_detections(proposals: Instances) -> Instances:

@@ -1,20 +1,29 @@
-"""Non-maximum suppression whose memory grows with the number of boxes kept, not of those looked at."""
+"""Non-maximum suppression that looks at no more boxes than it takes, and whose memory grows with those kept."""
+
+from collections.abc import Iterator
 
 import torch
+from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import nms
 
-_CHUNK = 8192  # torchvision's CUDA kernel takes n^2 / 8 bytes: 8 MB of a chunk, where 400,000 boxes would take 20 GB
+from gs_d2 import ops
+from gs_d2.modeling.sampling import first_of_each_group
+
+# Boxes compared with each other at a time. torchvision's CUDA kernel takes n^2 / 8 bytes, 8 MB of these, where 400,000
+# boxes would take 20 GB; its CPU kernel takes many times as long for a pair as our IoU, which compares chunks.
+_CHUNK = {"cuda": 8192, "cpu": 512}
 
 
 def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int, classes: Tensor | None = None) -> Tensor:
     """The first `max_kept` boxes that ``torchvision.ops.nms`` would keep, by falling score.
 
     Boxes are taken in chunks of falling score. Whether a box stays depends only on kept boxes of higher score, so the
-    result is the same, and boxes that score too low to matter are never looked at.
+    result is the same (on a GPU up to rounding of an IoU that equals `iou_thresh`), and boxes that score too low to
+    matter are never looked at.
 
     Args:
-        boxes (Tensor[N, 4]): XYXY.
+        boxes (float32 Tensor[N, 4]): XYXY.
         scores (Tensor[N]): without NaN, in any order.
         iou_thresh: a box is dropped if its IoU with a kept one is greater.
         max_kept: at least 0; of all classes together.
@@ -23,16 +32,75 @@ def top_nms(boxes: Tensor, scores: Tensor, iou_thresh: float, max_kept: int, cla
     Returns:
         int64 Tensor[K]: K <= max_kept indices; of equal scores the lower index comes first.
     """
+    kept = scores.new_zeros(0, dtype=torch.int64)
+    for kept in _kept_by_chunks(boxes, scores, iou_thresh, classes):
+        if len(kept) >= max_kept:
+            break
+    return kept[:max_kept]
+
+
+def top_nms_of_groups(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_thresh: float,
+    max_kept: int,
+    group_idxs: Tensor,
+    num_groups: int,
+    max_per_group: int,
+) -> Tensor:
+    """Of the boxes that ``torchvision.ops.nms`` would keep the first `max_per_group` of each group, by falling score.
+
+    Boxes of different groups suppress each other. As :func:`top_nms` it stops when it has what is asked for; a group
+    that has fewer boxes than asked for makes it look at all.
+
+    Args:
+        boxes, scores, iou_thresh: as :func:`top_nms`.
+        max_kept: of all groups together, those of the highest scores.
+        group_idxs (int64 Tensor[N]): in [0, num_groups).
+
+    Returns:
+        int64 Tensor[K]: K <= min(max_kept, num_groups * max_per_group) indices; of equal scores the lower comes first.
+    """
+    kept = group_idxs[:0]
+    for kept in _kept_by_chunks(boxes, scores, iou_thresh):
+        counts = torch.bincount(group_idxs[kept], minlength=num_groups).clamp(max=max_per_group)
+        if counts.sum() >= min(max_kept, num_groups * max_per_group):
+            break
+    return kept[first_of_each_group(group_idxs[kept], num_groups, max_per_group)][:max_kept]
+
+
+def select_detections(candidates: Instances, num_classes: int, iou_thresh: float, max_kept: int) -> Instances:
+    """Of an image's candidates those that NMS within each class keeps, the best `max_kept`.
+
+    Args:
+        candidates: with `pred_boxes`, `scores` and `pred_classes`, in [0, num_classes), in any order, and any other
+            fields.
+
+    Returns:
+        Instances: the detections by falling score; of equal scores the first candidate wins.
+    """
+    classes = candidates.pred_classes if num_classes > 1 else None
+    return candidates[top_nms(candidates.pred_boxes.tensor, candidates.scores, iou_thresh, max_kept, classes)]
+
+
+def _kept_by_chunks(
+    boxes: Tensor, scores: Tensor, iou_thresh: float, classes: Tensor | None = None
+) -> Iterator[Tensor]:
+    """What NMS keeps, by falling score: of the first chunk of boxes, of the first two, and so on."""
     if classes is not None:
         boxes, scores = _apart(boxes, classes), scores.double()
     order = scores.sort(descending=True, stable=True).indices
     kept = order[:0]
-    for chunk in order.split(_CHUNK):
-        pool = torch.cat([kept, chunk])
-        kept = pool[nms(boxes[pool], scores[pool], iou_thresh)][:max_kept]
-        if len(kept) == max_kept:
-            break
-    return kept
+    for chunk in order.split(_CHUNK[boxes.device.type]):
+        if classes is None:
+            overlaps = ops.two_pass_match(boxes[kept], boxes[chunk], second_pass="none").max_ious
+            # In float64, as torchvision compares them: float32 has another 0.7.
+            chunk = chunk[overlaps.double() <= iou_thresh]
+            kept = torch.cat([kept, chunk[nms(boxes[chunk], scores[chunk], iou_thresh)]])
+        else:
+            pool = torch.cat([kept, chunk])
+            kept = pool[nms(boxes[pool], scores[pool], iou_thresh)]
+        yield kept
 
 
 def _apart(boxes: Tensor, classes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from gs_d2.modeling.group_loss import GroupLoss
+from gs_d2.modeling.nms import select_detections
 
 _ENSEMBLES = {
     "arithmetic": lambda first, second: (first + second) / 2,
@@ -28,8 +29,9 @@ class GroupedHeads(nn.Module):
     """A second stage: two-pass matching, group sampling by reference scale (eq. 4), the loss of eq. 2, and a score from
     both stages. Subclasses say how boxes are scored, in :meth:`_predict`.
 
-    The second stage of :class:`GroupedFastRCNN`, which applies NMS. Samplers that go by the loss score all proposals
-    once without gradient, and train on those drawn.
+    The second stage of :class:`GroupedFastRCNN`, or of Detectron2's own ``GeneralizedRCNN``: same call and return as
+    Detectron2's ROI heads. Samplers that go by the loss score all proposals once without gradient, and train on those
+    drawn.
     """
 
     @configurable
@@ -43,6 +45,8 @@ class GroupedHeads(nn.Module):
         loss_weight: dict[str, float] | None = None,
         score_ensemble: str = "arithmetic",
         score_thresh_test: float = 0.0,
+        nms_thresh_test: float = 0.5,
+        max_detections: int = 100,
     ):
         """
         Args:
@@ -55,6 +59,8 @@ class GroupedHeads(nn.Module):
                 first stage's is one objectness for all classes: its arithmetic mean with a class that the second stage
                 rules out would still be up to 0.5, so with several classes use the geometric one.
             score_thresh_test: probability below which a detection is dropped.
+            nms_thresh_test: IoU above which the lower-scored of two detections of a class is dropped.
+            max_detections: the most detections kept of an image.
         """
         super().__init__()
         if score_ensemble not in _ENSEMBLES:
@@ -66,10 +72,14 @@ class GroupedHeads(nn.Module):
         self.loss_weight = loss_weight or {}
         self.score_ensemble = score_ensemble
         self.score_thresh_test = score_thresh_test
+        self.nms_thresh_test = nms_thresh_test
+        self.max_detections = max_detections
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
         heads, head, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.GS.ROI
+        if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
+            raise ValueError(f"{cls.__name__} finds boxes only: set MODEL.MASK_ON and MODEL.KEYPOINT_ON False")
         return {
             "in_features": heads.IN_FEATURES,
             "num_classes": heads.NUM_CLASSES,
@@ -89,6 +99,8 @@ class GroupedHeads(nn.Module):
             "loss_weight": {"loss_box_reg": head.BBOX_REG_LOSS_WEIGHT},
             "score_ensemble": gs.SCORE_ENSEMBLE,
             "score_thresh_test": cfg.TEST.GS.SCORE_THRESH,
+            "nms_thresh_test": heads.NMS_THRESH_TEST,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
     def forward(
@@ -104,21 +116,27 @@ class GroupedHeads(nn.Module):
             images: B images; not used.
             features: feature maps by name.
             proposals: for each image `proposal_boxes`; at test also `objectness_logits`, and any other fields, which
-                detections keep.
+                detections keep, too.
             targets: with `gt_boxes` and `gt_classes`; needed in training.
             ignore_boxes: regions of each image in which no proposal is a negative; None for none.
 
         Returns:
-            detections (list[Instances]): at test, before NMS, with `pred_boxes` (clipped), `scores`, `pred_classes`, in
-                the proposals' order; empty list in training.
+            detections (list[Instances]): at test, by falling score, with `pred_boxes` (clipped), `scores` and
+                `pred_classes`: what an NMS within each class leaves of :meth:`predict_candidates`, at most
+                `max_detections`; empty list in training.
             losses (dict): "loss_cls" and "loss_box_reg" in training, else empty.
         """
-        # Detectron2's ROIAlign rounds boxes to the maps' type: in bfloat16 to steps of 8 pixels from 1024 pixels on.
-        maps = [features[name].float() for name in self.in_features]
         if self.training:
             assert targets is not None, f"{type(self).__name__} needs targets in training"
-            return [], self.losses(maps, [x.proposal_boxes for x in proposals], targets, ignore_boxes)
-        return self.detect(maps, proposals), {}
+            boxes = [x.proposal_boxes for x in proposals]
+            return [], self.losses(self._maps(features), boxes, targets, ignore_boxes)
+        candidates = self.predict_candidates(features, proposals)
+        limits = self.num_classes, self.nms_thresh_test, self.max_detections
+        return [select_detections(x, *limits) for x in candidates], {}
+
+    def _maps(self, features: dict[str, Tensor]) -> list[Tensor]:
+        # Detectron2's ROIAlign rounds boxes to the maps' type: in bfloat16 to steps of 8 pixels from 1024 pixels on.
+        return [features[name].float() for name in self.in_features]
 
     def losses(self, maps: list[Tensor], proposals: list[Boxes], targets: list[Instances], ignore_boxes=None) -> dict:
         """Eq. 2 over groups of proposals; arguments as :meth:`forward`."""
@@ -167,8 +185,17 @@ class GroupedHeads(nn.Module):
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
     @torch.no_grad()
-    def detect(self, maps: list[Tensor], proposals: list[Instances]) -> list[Instances]:
-        """Scores and refines proposals; see :meth:`forward`."""
+    def predict_candidates(self, features: dict[str, Tensor], proposals: list[Instances]) -> list[Instances]:
+        """What :meth:`forward` detects before NMS: for detectors that merge several views of an image themselves.
+
+        Args:
+            features, proposals: as :meth:`forward`.
+
+        Returns:
+            For each image the refined proposals, those of a score of at least `score_thresh_test`, in the proposals'
+            order, with the fields of :meth:`forward`'s detections and the proposals' other fields.
+        """
+        maps = self._maps(features)
         boxes = nn.utils.rnn.pad_sequence([x.proposal_boxes.tensor for x in proposals], batch_first=True)
         num_boxes = boxes.shape[1]
         rows = torch.cat([torch.arange(len(x), device=boxes.device) + i * num_boxes for i, x in enumerate(proposals)])

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from gs_d2.modeling.decoding import best_boxes
 from gs_d2.modeling.group_loss import GroupLoss
-from gs_d2.modeling.nms import top_nms
-from gs_d2.modeling.sampling import first_of_each_group, group_by_scale
+from gs_d2.modeling.nms import top_nms, top_nms_of_groups
+from gs_d2.modeling.sampling import group_by_scale
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class GroupSamplingRPN(torch.nn.Module):
     """Two-pass matching, group sampling and the loss of eq. 2; proposals by one NMS over all scales.
 
-    In place of Detectron2's ``RPN`` (``MODEL.PROPOSAL_GENERATOR.NAME: "GroupSamplingRPN"``): same call and return.
+    In place of Detectron2's ``RPN`` (``MODEL.PROPOSAL_GENERATOR.NAME: "GroupSamplingRPN"``): same call and return, so
+    that it also goes into Detectron2's own ``GeneralizedRCNN`` and ``ProposalNetwork``.
     """
 
     @configurable
@@ -57,7 +58,8 @@ class GroupSamplingRPN(torch.nn.Module):
             loss_weight: factors of "loss_rpn_cls" and "loss_rpn_loc" (eta of eq. 2); None is 1 for both.
             proposal_scales, group_post_nms_topk: with a count above 0 for (training, test), so many proposals are kept
                 of each reference scale (eq. 4), in pixels, after an NMS over all, so that small ones survive;
-                `post_nms_topk` then is the limit of all. None and 0: the best whatever their scale.
+                `post_nms_topk` then is the limit of all: those of the highest scores. None and 0: the best whatever
+                their scale.
         """
         super().__init__()
         if max(group_post_nms_topk) > 0 and not proposal_scales:
@@ -129,9 +131,8 @@ class GroupSamplingRPN(torch.nn.Module):
             with_proposals: False spares a single-stage detector decoding and NMS in training.
 
         Returns:
-            proposals (list[Instances]): by falling score, with `proposal_boxes` (clipped to the image),
-                `objectness_logits` (sigmoid is the face probability) and `anchor_scales` (pixels); empty list if
-                `with_proposals` is False.
+            proposals (list[Instances]): by falling score, with `proposal_boxes` (clipped to the image) and
+                `objectness_logits` (sigmoid is the face probability); empty list if `with_proposals` is False.
             losses (dict): "loss_rpn_cls" and "loss_rpn_loc" in training, else empty.
         """
         anchors, logits, deltas = self.predict(features)
@@ -143,7 +144,13 @@ class GroupSamplingRPN(torch.nn.Module):
         proposals = []
         if with_proposals:
             proposals = [self._select(x) for x in self._decode(anchors, logits, deltas, images.image_sizes, 0.0)]
+            for x in proposals:
+                x.remove("anchor_scales")  # Detectron2's ROI heads take no fields that the ground truth has not
         return proposals, losses
+
+    def propose(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
+        """:meth:`forward`'s proposals, which also have `anchor_scales`, in pixels."""
+        return [self._select(x) for x in self._decode(*self.predict(features), images.image_sizes, 0.0)]
 
     @torch.no_grad()
     def _select(self, candidates: Instances) -> Instances:
@@ -151,9 +158,9 @@ class GroupSamplingRPN(torch.nn.Module):
         limit, per_scale = self.post_nms_topk[self.training], self.group_post_nms_topk[self.training]
         if per_scale == 0:
             return candidates[top_nms(boxes, scores, self.nms_thresh, limit)]
-        candidates = candidates[top_nms(boxes, scores, self.nms_thresh, len(boxes))]
-        scale_idxs = group_by_scale(candidates.proposal_boxes.area().sqrt(), self.proposal_scales)
-        return candidates[first_of_each_group(scale_idxs, len(self.proposal_scales), per_scale)][:limit]
+        scales = self.proposal_scales
+        scale_idxs = group_by_scale(candidates.proposal_boxes.area().sqrt(), scales)
+        return candidates[top_nms_of_groups(boxes, scores, self.nms_thresh, limit, scale_idxs, len(scales), per_scale)]
 
     def predict_candidates(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         """What :meth:`forward` proposes before NMS: for detectors that merge several views of an image themselves.
@@ -163,7 +170,7 @@ class GroupSamplingRPN(torch.nn.Module):
 
         Returns:
             For each image the boxes of the highest scores, at most PRE_NMS_TOPK, of a probability of at least
-            `score_thresh_test`, with the fields of its proposals.
+            `score_thresh_test`, with the fields of :meth:`propose`.
         """
         return self._decode(*self.predict(features), images.image_sizes, self.score_thresh_test)
 

@@ -170,7 +170,7 @@ def test_mirrored_image_gives_mirrored_boxes():
 
 
 def test_top_nms_is_the_head_of_nms(monkeypatch):
-    monkeypatch.setattr("gs_d2.modeling.nms._CHUNK", 64)
+    monkeypatch.setattr("gs_d2.modeling.nms._CHUNK", {"cpu": 64})
     generator = torch.Generator().manual_seed(0)
     for n in (0, 1, 63, 64, 65, 1000):
         corner = torch.rand(n, 2, generator=generator) * 100

@@ -337,11 +337,8 @@ def test_ohem_prunes_overlapping_proposals(method):
 # Testing
 
 
-def detect(heads, inputs):
-    heads.eval()
-    detections, losses = heads(*inputs[:3])
-    assert losses == {}
-    return detections
+def candidates(heads, inputs):
+    return heads.eval().predict_candidates(*inputs[1:3])
 
 
 ENSEMBLES = {
@@ -354,15 +351,14 @@ ENSEMBLES = {
 @pytest.mark.parametrize("ensemble", list(ENSEMBLES))
 @pytest.mark.parametrize("thresh", [0.0, 0.5])
 @pytest.mark.parametrize(("num_classes", "agnostic"), [(1, True), (2, True), (2, False)])
-def test_detections(ensemble, thresh, num_classes, agnostic):
+def test_candidates(ensemble, thresh, num_classes, agnostic):
     """Scores of both stages, boxes of each row's class, clipped, in the proposals' order."""
     heads = build(
         num_classes=num_classes, agnostic=agnostic, score_ensemble=ensemble, score_thresh_test=thresh
     )  # fmt: skip
     inputs = images()
     assert any((x.proposal_boxes.tensor > 200).any() for x in inputs[2]), "something to clip"
-    detections = detect(heads, inputs)
-    for b, (found, proposal) in enumerate(zip(detections, inputs[2], strict=True)):
+    for b, (found, proposal) in enumerate(zip(candidates(heads, inputs), inputs[2], strict=True)):
         boxes = proposal.proposal_boxes.tensor
         with torch.no_grad():
             logits, deltas = outputs(heads, inputs[1], b, boxes)
@@ -384,11 +380,32 @@ def test_detections(ensemble, thresh, num_classes, agnostic):
         assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "anchor_scales"}
 
 
+@pytest.mark.parametrize(("num_classes", "max_detections"), [(1, 1000), (2, 1000), (2, 7)])
+def test_detections_are_what_nms_within_a_class_leaves(num_classes, max_detections):
+    """As Detectron2's ROI heads: by falling score, no more than the limit, overlaps of a class gone."""
+    heads = build(num_classes=num_classes, nms_thresh_test=0.4, max_detections=max_detections)
+    inputs = images()
+    detections, losses = heads.eval()(*inputs[:3])
+    assert losses == {}
+    for found, everything in zip(detections, candidates(heads, inputs), strict=True):
+        boxes, scores, classes = everything.pred_boxes.tensor, everything.scores, everything.pred_classes
+        kept = []
+        for i in scores.argsort(descending=True, stable=True).tolist():
+            same = [j for j in kept if classes[j] == classes[i]]
+            if not (reference.box_iou(boxes[i : i + 1], boxes[same]) > 0.4).any():
+                kept.append(i)
+        assert (len(kept) > max_detections) == (max_detections == 7) and len(kept) < len(everything)
+        kept = kept[:max_detections]
+        assert torch.equal(found.scores, scores[kept]) and torch.equal(found.pred_classes, classes[kept])
+        assert torch.equal(found.pred_boxes.tensor, boxes[kept])
+        assert torch.equal(found.anchor_scales, everything.anchor_scales[kept])
+
+
 def test_images_without_proposals_have_no_detections():
-    heads = build()
+    heads = build().eval()
     for boxes in ([NO_BOXES, NO_BOXES], [around(FACES, 5, 0), NO_BOXES], [NO_BOXES, around(FACES, 5, 0)]):
         inputs = images(boxes=boxes)
-        detections = detect(heads, inputs)
+        detections, _ = heads(*inputs[:3])
         assert [len(x) > 0 for x in detections] == [len(x) > 0 for x in boxes]
         for found in detections:
             assert found.pred_boxes.tensor.shape == (len(found), 4)
@@ -399,7 +416,7 @@ def test_what_is_not_finite_is_dropped():
     heads = build()
     inputs = images()
     inputs[1]["p2"][0, :, :10] = float("nan")
-    for found in detect(heads, inputs):
+    for found in candidates(heads, inputs):
         assert len(found) > 0
         assert torch.isfinite(found.pred_boxes.tensor).all() and torch.isfinite(found.scores).all()
 

@@ -8,6 +8,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.ops import nms
 
+import gs_d2.modeling.nms
 from gs_d2 import ops
 from gs_d2.modeling import GroupSampler, GroupSamplingRPN, ScaleStrideAnchorGenerator, SoftmaxRPNHead, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
@@ -168,9 +169,20 @@ def test_proposals():
         assert 0 < len(boxes) <= 100
         assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
         assert (scores[:-1] >= scores[1:]).all() and (scores.sigmoid() >= 0.3).all()
-        assert set(proposal.anchor_scales.tolist()) <= set(map(float, SCALES))
+        assert set(proposal.get_fields()) == {"proposal_boxes", "objectness_logits"}, "as Detectron2's"
         ious = ops.box_iou(boxes, boxes)
         assert (ious.fill_diagonal_(0) <= 0.5).all()
+
+
+def test_proposals_with_the_scales_of_their_anchors():
+    rpn = build().eval()
+    images, features, _ = inputs()
+    plain, _ = rpn(images, features)
+    for proposal, expected in zip(rpn.propose(images, features), plain, strict=True):
+        assert torch.equal(proposal.proposal_boxes.tensor, expected.proposal_boxes.tensor)
+        assert torch.equal(proposal.objectness_logits, expected.objectness_logits)
+        assert len(set(proposal.anchor_scales.tolist())) > 1
+        assert set(proposal.anchor_scales.tolist()) <= set(map(float, SCALES))
 
 
 def crowded_candidates(num_large=60, seed=0):
@@ -208,6 +220,26 @@ def test_proposals_of_each_reference_scale(training, limit):
     expected = expected[:limit]
     assert torch.equal(found.proposal_boxes.tensor, candidates.proposal_boxes.tensor[expected])
     assert torch.equal(found.objectness_logits, candidates.objectness_logits[expected])
+
+
+def test_proposals_are_complete_before_nms_has_seen_all(monkeypatch):
+    """Once every reference scale has its proposals, NMS looks at no more boxes."""
+    looked_at = []
+    inner = gs_d2.modeling.nms.nms
+    monkeypatch.setattr("gs_d2.modeling.nms._CHUNK", {"cpu": 32})
+    monkeypatch.setattr("gs_d2.modeling.nms.nms", lambda boxes, *a: looked_at.append(len(boxes)) or inner(boxes, *a))
+    generator = torch.Generator().manual_seed(0)
+    corner, scale = torch.rand(2000, 2, generator=generator) * 900, 16 * 12 ** torch.rand(2000, 1, generator=generator)
+    scores = torch.rand(2000, generator=generator).sort(descending=True).values
+    candidates = Instances((1000, 1000), proposal_boxes=Boxes(torch.cat([corner, corner + scale], dim=1)))
+    candidates.objectness_logits, candidates.anchor_scales = scores, scale[:, 0]
+    rpn = build(group_post_nms_topk=(6, 6), proposal_scales=SCALES)
+    found = rpn._select(candidates)
+    kept = candidates[nms(candidates.proposal_boxes.tensor, scores, 0.5)]
+    groups = group_by_scale(kept.proposal_boxes.area().sqrt(), SCALES)
+    wanted = torch.cat([torch.nonzero(groups == group)[:6, 0] for group in range(4)]).sort().values
+    assert torch.equal(found.proposal_boxes.tensor, kept.proposal_boxes.tensor[wanted])
+    assert len(found) == 24 and sum(looked_at) < 200
 
 
 def test_small_proposals_survive_large_ones_of_higher_scores():

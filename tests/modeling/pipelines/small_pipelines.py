@@ -13,14 +13,9 @@ FROM_RANDOM_WEIGHTS = """
     SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 TEST.GS.PYRAMID False
 """
 RESNET_18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN"
-# A ResNet-18 has no dilated res5. GroupNorm has 32 groups.
-NARROW_RESNET_50 = """
-    MODEL.RESNETS.STEM_OUT_CHANNELS 32 MODEL.RESNETS.WIDTH_PER_GROUP 32 MODEL.RESNETS.RES2_OUT_CHANNELS 64
-    MODEL.RESNETS.NORM GN
-"""
 SMALL_SECOND_STAGE = """
     MODEL.RPN.PRE_NMS_TOPK_TRAIN 2000 MODEL.RPN.POST_NMS_TOPK_TRAIN 200 MODEL.RPN.POST_NMS_TOPK_TEST 400
-    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 64 MODEL.ROI_BOX_HEAD.CONV_DIM 128 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 64 MODEL.ROI_BOX_HEAD.CONV_DIM 64 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3
     MODEL.RPN.BBOX_REG_LOSS_TYPE smooth_l1
 """
 
@@ -32,13 +27,11 @@ class Pipeline:
     Attributes:
         small: config overrides, "KEY value KEY value ...", that make it small.
         resnet: whether MODEL.WEIGHTS are those of an ImageNet ResNet-50.
-        smallest_face: in pixels, that it can learn: much smaller ones no anchor overlaps by 0.4.
     """
 
     name: str
     small: str
     resnet: bool = True
-    smallest_face: int = 16
 
     def cfg(self, sampling: bool, small: bool = False, weights: bool = False):
         """The config of a row, on the CPU, and without weights unless they are asked for."""
@@ -63,5 +56,8 @@ PIPELINES = [
         "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.NORM BN MODEL.RPN.BATCH_SIZE_PER_IMAGE 64",
         resnet=False,
     ),
-    Pipeline("rfcn", f"{NARROW_RESNET_50} {SMALL_SECOND_STAGE} MODEL.RPN.BATCH_SIZE_PER_IMAGE 64", smallest_face=32),
+    Pipeline(
+        "rfcn",
+        f"{RESNET_18} MODEL.FPN.OUT_CHANNELS 64 {SMALL_SECOND_STAGE} MODEL.RPN.BATCH_SIZE_PER_IMAGE 64",
+    ),
 ]

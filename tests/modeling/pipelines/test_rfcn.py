@@ -13,14 +13,14 @@ from small_pipelines import PIPELINES
 from gs_d2.modeling.pipelines import PositionSensitiveROIHeads
 
 (RFCN,) = [pipeline for pipeline in PIPELINES if pipeline.name == "rfcn"]
-STRIDE = 16
+STRIDE = 4
 
 
 def build(*opts, in_channels=6, resolution=3):
     cfg = RFCN.cfg(sampling=True, small=True)
     cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", resolution, *opts])
     torch.manual_seed(0)
-    heads = PositionSensitiveROIHeads(cfg, {"res5": ShapeSpec(channels=in_channels, stride=STRIDE)})
+    heads = PositionSensitiveROIHeads(cfg, {"p2": ShapeSpec(channels=in_channels, stride=STRIDE)})
     for layer in (heads.cls_maps, heads.delta_maps):
         torch.nn.init.normal_(layer.weight, std=0.3)
         torch.nn.init.normal_(layer.bias)
@@ -31,18 +31,18 @@ BOXES = torch.tensor(
     [
         [
             [3.0, 5, 100, 120],
-            [155, 60, 160, 90],
+            [158.5, 60, 160, 90],
             [0, 0, 159, 127],
             [70.5, 10, 75, 14],
         ],  # the second rounds to beyond the map
-        [[100.0, 60, 190, 200], [-20, -30, 60, 50], [20, 20, 52, 90], [16, 16, 48, 80]],  # some beyond the map
+        [[100.0, 60, 190, 200], [-20, -29, 60, 50], [20, 20, 52, 90], [16, 16, 48, 80]],  # some beyond the map
     ]
 )
 ROWS = torch.tensor([0, 1, 2, 3, 4, 5])
 
 
 def features(channels=6):
-    return torch.randn(2, channels, 8, 10, generator=torch.Generator().manual_seed(3))
+    return torch.randn(2, channels, 32, 40, generator=torch.Generator().manual_seed(3))
 
 
 def rounded(value):
@@ -90,8 +90,8 @@ def test_scores_and_deltas_are_votes_of_the_bins(classes, agnostic, num_deltas):
 def test_aligned_pooling_moves_with_the_box():
     """Where the maps rise by 1 a cell, a box further by a quarter of one scores 0.25 more; cells cannot tell."""
     box = torch.tensor([[[2.0, 5, 98, 120]]])
-    moved = box + torch.tensor([4.0, 0, 4, 0])
-    ramp = torch.arange(10.0).expand(1, 1, 8, 10)
+    moved = box + torch.tensor([1.0, 0, 1, 0])
+    ramp = torch.arange(40.0).expand(1, 1, 32, 40)
     rise = {}
     for kind in ("PSROIPool", "PSROIAlign"):
         heads = build("MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, in_channels=1)
@@ -114,10 +114,11 @@ def test_group_sampling_is_of_the_first_stage_alone(sampling):
     cfg = RFCN.cfg(sampling)
     with torch.device("meta"):
         shapes = build_backbone(cfg).output_shape()
-    assert shapes["res4"].stride == shapes["res5"].stride == 16
-    heads = build_roi_heads(cfg, shapes)
+    heads, rpn = build_roi_heads(cfg, shapes), build_proposal_generator(cfg, shapes)
+    assert rpn.in_features == heads.in_features == ["p2"] and shapes["p2"].stride == 4
+    assert rpn.anchor_generator.strides == [4]
     assert (heads.cls_maps.out_channels, heads.delta_maps.out_channels) == (2 * 49, 4 * 49)
-    first, second = (x.group_loss.sampler for x in (build_proposal_generator(cfg, shapes), heads))
+    first, second = (x.group_loss.sampler for x in (rpn, heads))
     assert (first.num_groups, first.num_per_group) == (4 if sampling else 1, 2048)
     assert (second.num_groups, second.num_per_group, second.method) == (1, 512, "random")
     assert first.positive_fraction == second.positive_fraction == 0.25
@@ -133,7 +134,7 @@ def test_ohem_may_be_turned_on():
     proposals = [Instances((128, 160), proposal_boxes=Boxes(torch.cat([corner, corner + 24], dim=1)))]
     targets = [Instances((128, 160), gt_boxes=Boxes(BOXES[0, :1]), gt_classes=torch.tensor([0]))]
     with EventStorage():
-        _, losses = heads(None, {"res5": features()[:1]}, proposals, targets)
+        _, losses = heads(None, {"p2": features()[:1]}, proposals, targets)
     sum(losses.values()).backward()
     assert all(parameter.grad.any() for parameter in heads.parameters())
     ((labels, cls_losses, sampled),) = drawn
@@ -145,7 +146,7 @@ def test_ohem_may_be_turned_on():
     ("key", "value", "message"),
     [
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2", "must be one of PSROIPool, PSROIAlign, got 'ROIAlignV2'"),
-        ("MODEL.ROI_HEADS.IN_FEATURES", ["res5", "res4"], r"pools from one feature map, got \['res5', 'res4'\]"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3"], r"pools from one feature map, got \['p2', 'p3'\]"),
     ],
 )
 def test_wrong_values_are_named(key, value, message):
