@@ -1,5 +1,6 @@
 """Training runs of a few tiny iterations, in fresh processes: alone, or two that form a gloo group."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -124,4 +125,7 @@ def _run(queue, rank, world_size, port, function, arguments, keywords):
         result = traceback.format_exc()
     queue.put((rank, result))
     if world_size > 1:
+        # Rank 0 has the store: if it ended first, another that still sets up its groups would fail.
+        with contextlib.suppress(RuntimeError):  # a process that failed is gone
+            torch.distributed.barrier()
         os._exit(0)  # gloo's threads, which Detectron2 keeps a group of, now and then abort an orderly exit
