@@ -85,12 +85,12 @@ def test_more_positives_than_a_quarter_have_a_box_loss(num_groups):
     """OHEM of both labels may draw positives alone, and each counts in the box term."""
     group_loss = build(num_groups, "ohem_all")
     group_loss.sampler.num_per_group = 6
-    anchors, _, _, deltas = predictions()
+    anchors, _, logits, deltas = predictions()
     gts = [Boxes(anchors[::40]), Boxes(anchors[1::40])]
     matches = group_loss.match(anchors, gts)
     positive = matches[0] == 1
     with EventStorage():
-        _, loss_loc = group_loss.dense(anchors, matches, torch.where(positive, 5.0, 0.1), deltas)
+        _, loss_loc = group_loss.dense(anchors, matches, logits, deltas, lambda _: torch.where(positive, 5.0, 0.1))
     expected, _, drawn = 0.0, *group_loss.group(anchors)
     for b in range(2):
         for group in range(num_groups):

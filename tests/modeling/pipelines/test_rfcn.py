@@ -124,9 +124,10 @@ def test_group_sampling_is_of_the_first_stage_alone(sampling):
     assert first.positive_fraction == second.positive_fraction == 0.25
 
 
-def test_ohem_may_be_turned_on():
-    """It scores all proposals first: those drawn are the negatives of highest loss."""
-    heads = build("MODEL.GS.ROI.SAMPLER", "ohem", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8).train()
+@pytest.mark.parametrize(("method", "count"), [("ohem", 7), ("ohem_all", 8)])
+def test_ohem_may_be_turned_on(method, count):
+    """It scores all proposals first: those drawn are the negatives of highest loss, or, as in R-FCN's own, any."""
+    heads = build("MODEL.GS.ROI.SAMPLER", method, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8).train()
     drawn = []
     draw = heads.group_loss.draw
     heads.group_loss.draw = lambda *args: drawn.append((args[0], args[2], draw(*args))) or drawn[-1][2]
@@ -136,10 +137,12 @@ def test_ohem_may_be_turned_on():
     with EventStorage():
         _, losses = heads(None, {"p2": features()[:1]}, proposals, targets)
     sum(losses.values()).backward()
-    assert all(parameter.grad.any() for parameter in heads.parameters())
+    assert heads.cls_maps.weight.grad.any()
     ((labels, cls_losses, sampled),) = drawn
-    taken, left = cls_losses[sampled == 0], cls_losses[(labels == 0) & (sampled == -1)]
-    assert len(taken) == 7 and len(left) > 10 and taken.min() >= left.max()
+    competing = labels >= 0 if method == "ohem_all" else labels == 0
+    taken, left = cls_losses[competing & (sampled >= 0)], cls_losses[competing & (sampled == -1)]
+    assert heads.delta_maps.weight.grad.any() == (sampled == 1).any()
+    assert len(taken) == count and len(left) > 10 and taken.min() >= left.max()
 
 
 @pytest.mark.parametrize(
