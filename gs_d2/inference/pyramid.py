@@ -1,7 +1,7 @@
 """Multi-scale testing: an image pyramid whose levels are merged by one NMS (paper, section 5, "WIDER FACE").
 
 What is in memory: one level (or, of small ones, a batch of up to 2 megapixels), and on the CPU each level's candidates,
-32 bytes each. Levels run one by one because the largest hold most of the pixels (of 0.25 n, n = 1..8, the two largest
+36 bytes each. Levels run one by one because the largest hold most of the pixels (of 0.25 n, n = 1..8, the two largest
 55 %), and one of those fills a GPU alone. Only small views are batched: those of one factor, mirrored or of several
 images, whose padded shapes are equal, since launching kernels costs more than running them there.
 

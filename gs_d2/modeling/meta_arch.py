@@ -128,7 +128,7 @@ class RPNDetector(nn.Module):
 
         Returns:
             For each image the candidates of the highest scores, at most RPN.PRE_NMS_TOPK_TEST, with the fields of
-            :meth:`forward`'s detections, in pixels of the `image` given.
+            :meth:`forward`'s detections and `logits` of their scores, in pixels of the `image` given.
         """
         images = self.preprocess_image(batched_inputs)
         with self._autocast():
@@ -153,10 +153,11 @@ class RPNDetector(nn.Module):
 
         Args:
             candidates: with `pred_boxes`, `scores` and `pred_classes`, in any order, and any other fields; on any
-                device. Boxes of different classes do not suppress each other.
+                device. Boxes of different classes do not suppress each other. They are ranked by `logits`, which
+                keep the order of scores that round to 1; by `scores` where they have none.
 
         Returns:
-            Instances: the detections by falling score; of equal scores the first candidate wins.
+            Instances: the detections by falling score, without `logits`; of equal logits the first candidate wins.
         """
         return select_detections(candidates, self.num_classes, self.nms_thresh, self.max_detections)
 
@@ -258,6 +259,7 @@ def _check_part(detector: nn.Module, key: str, part: nn.Module | None, method: s
 def _as_detections(proposals: Instances) -> Instances:
     detections = Instances(proposals.image_size)
     detections.pred_boxes = proposals.proposal_boxes
+    detections.logits = proposals.objectness_logits
     detections.scores = proposals.objectness_logits.sigmoid()
     detections.pred_classes = torch.zeros_like(detections.scores, dtype=torch.int64)
     detections.group_scales = proposals.anchor_scales

@@ -73,14 +73,21 @@ def select_detections(candidates: Instances, num_classes: int, iou_thresh: float
     """Of an image's candidates those that NMS within each class keeps, the best `max_kept`.
 
     Args:
-        candidates: with `pred_boxes`, `scores` and `pred_classes`, in [0, num_classes), in any order, and any other
-            fields.
+        candidates: with `pred_boxes`, `scores` (probabilities) and `pred_classes`, in [0, num_classes), in any order,
+            and any other fields. They are ranked by their `logits`, where they have such a field: the probability of
+            every logit above 17 is exactly 1.
 
     Returns:
-        Instances: the detections by falling score; of equal scores the first candidate wins.
+        Instances: the detections by falling score, without `logits`. Of equal scores the higher logit comes first, of
+        equal logits the first candidate.
     """
     classes = candidates.pred_classes if num_classes > 1 else None
-    return candidates[top_nms(candidates.pred_boxes.tensor, candidates.scores, iou_thresh, max_kept, classes)]
+    ranks = candidates.logits if candidates.has("logits") else candidates.scores
+    detections = candidates[top_nms(candidates.pred_boxes.tensor, ranks, iou_thresh, max_kept, classes)]
+    if detections.has("logits"):
+        detections.remove("logits")
+    # Scores of close logits may fall otherwise, by the rounding of the sigmoid.
+    return detections[detections.scores.sort(descending=True, stable=True).indices]
 
 
 def _kept_by_chunks(

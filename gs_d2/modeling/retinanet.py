@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from gs_d2.modeling.group_loss import GroupLoss
+from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.rpn_heads import DilatedRPNHead
 
 
 @META_ARCH_REGISTRY.register()
 class GroupSamplingRetinaNet(RetinaNet):
     """Detectron2's RetinaNet with two-pass matching, group sampling and the loss of eq. 2; the rest is Detectron2's.
+
+    But detections are ranked by their logits: the probability of every logit above 17 is exactly 1.
 
     Each class has a cross entropy of its own (sigmoid); a sample's loss, which OHEM and WRS go by, is their sum. With
     focal loss and no sampling the loss is Detectron2's, but for its normalisation: by the positives of each image,
@@ -77,6 +80,50 @@ class GroupSamplingRetinaNet(RetinaNet):
         """As Detectron2's (VIS_PERIOD, where its version has that), without regions to ignore among the objects."""
         objects = [{**x, "instances": x["instances"][: x["instances"].ignored.count(False)]} for x in batched_inputs]
         super().visualize_training(objects, results)
+
+    def forward_inference(self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]):
+        """What Detectron2 after 0.5 calls at test; 0.5 calls :meth:`inference`."""
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        return self.inference(self.anchor_generator(features), logits, deltas, images.image_sizes)
+
+    def inference(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """
+        Args:
+            anchors: of each feature map.
+            pred_logits, pred_anchor_deltas: of each feature map, [B, Hi Wi Ai, K] and [B, Hi Wi Ai, 4].
+
+        Returns:
+            For each image `pred_boxes` (not clipped), `scores` and `pred_classes` by falling score: what NMS within
+            each class leaves of the best TOPK_CANDIDATES_TEST boxes of each map.
+        """
+        results = []
+        for i, image_size in enumerate(image_sizes):
+            maps = zip(anchors, pred_logits, pred_anchor_deltas, strict=True)
+            candidates = Instances.cat([self._best_of_map(x, y[i], z[i], image_size) for x, y, z in maps])
+            limits = self.num_classes, self.test_nms_thresh, self.max_detections_per_image
+            results.append(select_detections(candidates, *limits))
+        return results
+
+    def _best_of_map(self, anchors: Boxes, logits: Tensor, deltas: Tensor, image_size: tuple[int, int]) -> Instances:
+        logits = logits.flatten().float()
+        scores = logits.sigmoid()
+        rows = torch.nonzero(scores > self.test_score_thresh)[:, 0]
+        rows = rows[logits[rows].sort(descending=True, stable=True).indices[: self.test_topk_candidates]]
+        anchor_idxs = rows // self.num_classes
+        boxes = self.box2box_transform.apply_deltas(deltas[anchor_idxs], anchors.tensor[anchor_idxs])
+        return Instances(
+            image_size,
+            pred_boxes=Boxes(boxes),
+            scores=scores[rows],
+            logits=logits[rows],
+            pred_classes=rows % self.num_classes,
+        )
 
     @torch.no_grad()
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:

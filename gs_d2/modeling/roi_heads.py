@@ -17,12 +17,7 @@ from torch import Tensor, nn
 
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import select_detections
-
-_ENSEMBLES = {
-    "arithmetic": lambda first, second: (first + second) / 2,
-    "geometric": lambda first, second: (first * second).sqrt(),
-    "none": lambda first, second: second.clone(),
-}
+from gs_d2.modeling.score_ensemble import ENSEMBLES, class_logits
 
 
 class GroupedHeads(nn.Module):
@@ -63,8 +58,8 @@ class GroupedHeads(nn.Module):
             max_detections: the most detections kept of an image.
         """
         super().__init__()
-        if score_ensemble not in _ENSEMBLES:
-            raise ValueError(f"SCORE_ENSEMBLE must be one of {', '.join(_ENSEMBLES)}, got {score_ensemble!r}")
+        if score_ensemble not in ENSEMBLES:
+            raise ValueError(f"SCORE_ENSEMBLE must be one of {', '.join(ENSEMBLES)}, got {score_ensemble!r}")
         self.in_features = in_features
         self.num_classes = num_classes
         self.group_loss = group_loss
@@ -193,19 +188,21 @@ class GroupedHeads(nn.Module):
 
         Returns:
             For each image the refined proposals, those of a score of at least `score_thresh_test`, in the proposals'
-            order, with the fields of :meth:`forward`'s detections and the proposals' other fields.
+            order, with the fields of :meth:`forward`'s detections, `logits` of their scores and the proposals' other
+            fields.
         """
         maps = self._maps(features)
         boxes = nn.utils.rnn.pad_sequence([x.proposal_boxes.tensor for x in proposals], batch_first=True)
         num_boxes = boxes.shape[1]
         rows = torch.cat([torch.arange(len(x), device=boxes.device) + i * num_boxes for i, x in enumerate(proposals)])
         logits, deltas = self._predict(maps, boxes, rows)
-        second = logits.softmax(dim=1)[:, :-1]
+        second = class_logits(logits)
         refined = self.group_loss.criterion.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
         lengths = [len(x) for x in proposals]
         results = []
-        for x, scores, decoded in zip(proposals, second.split(lengths), refined.split(lengths), strict=True):
-            scores = _ENSEMBLES[self.score_ensemble](x.objectness_logits.float().sigmoid()[:, None], scores)
+        for x, logits, decoded in zip(proposals, second.split(lengths), refined.split(lengths), strict=True):
+            logits = ENSEMBLES[self.score_ensemble](x.objectness_logits.float()[:, None], logits)
+            scores = logits.sigmoid()
             finite = torch.isfinite(decoded).all(dim=1, keepdim=True) & torch.isfinite(scores)
             kept, classes = torch.nonzero(finite & (scores >= self.score_thresh_test)).unbind(dim=1)
             detections = x[kept]
@@ -213,9 +210,8 @@ class GroupedHeads(nn.Module):
             fields.pop("proposal_boxes"), fields.pop("objectness_logits")
             boxes = Boxes(self._of_class(decoded[kept], classes))
             boxes.clip(x.image_size)
-            detections = Instances(
-                x.image_size, pred_boxes=boxes, scores=scores[kept, classes], pred_classes=classes, **fields
-            )
+            fields |= {"scores": scores[kept, classes], "logits": logits[kept, classes], "pred_classes": classes}
+            detections = Instances(x.image_size, pred_boxes=boxes, **fields)
             results.append(detections[boxes.nonempty()])
         return results
 

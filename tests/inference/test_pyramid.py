@@ -156,6 +156,21 @@ def test_levels_are_merged_by_one_nms(flip):
     assert len(result) > 50
 
 
+def test_levels_of_a_sure_detector_are_merged_by_logits():
+    """All of their scores round to 1: by these the first level's boxes would win."""
+    model, merged = build(), []
+    with torch.no_grad():
+        model.proposal_generator.rpn_head.objectness_logits.bias.copy_(torch.tensor([0.0, 30.0]).repeat(2))
+    select = model.select_detections
+    model.select_detections = lambda candidates: merged.append(candidates) or select(candidates)
+    (result,) = pyramid(model, [0.5, 1.0, 1.5])([image(96, 128)])
+    (candidates,) = merged
+    assert (candidates.scores == 1).all() and (candidates.logits[1:] > candidates.logits[:-1]).any()
+    kept = nms(candidates.pred_boxes.tensor, candidates.logits, 0.5)[:200]
+    assert torch.equal(result["instances"].pred_boxes.tensor, candidates.pred_boxes.tensor[kept])
+    assert not result["instances"].has("logits")
+
+
 def test_mirrored_image_gives_mirrored_boxes():
     detector = pyramid(scales=[0.5, 1.0], flip=True)
     x = image(96, 130)

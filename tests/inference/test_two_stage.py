@@ -74,6 +74,21 @@ def test_detects_by_both_stages():
     assert (second > 0).all() and (second < 1).all()
 
 
+def test_detections_of_sure_stages_are_ranked_by_logits():
+    """Both stages' scores round to 1, and so their mean; the logits of the means still tell the detections apart."""
+    model = build_two_stage(max_detections=30)
+    with torch.no_grad():
+        model.proposal_generator.rpn_head.objectness_logits.bias.copy_(torch.tensor([0.0, 25.0]).repeat(2))
+        model.roi_heads.box_predictor.cls_score.bias.copy_(torch.tensor([25.0, 0.0]))
+    (candidates,) = model.predict_candidates([image(*SIZE)])
+    assert (candidates.scores == 1).sum() > 100 and len(candidates.logits.unique()) > 100
+    kept = nms(candidates.pred_boxes.tensor, candidates.logits, 0.5)[:30]
+    found = model([image(*SIZE)])[0]["instances"]
+    assert torch.equal(found.pred_boxes.tensor, candidates.pred_boxes.tensor[kept])
+    (merged,) = PyramidDetector(model=model, scales=[1.0])([image(*SIZE)])
+    assert_same(merged["instances"], found)
+
+
 def test_a_second_stage_alone_decides_where_asked_to():
     model, first = build_two_stage(), build()
     one = model([image(*SIZE)])[0]["instances"]

@@ -107,6 +107,38 @@ def test_detector_trains_and_detects():
         assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
 
 
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_detections_are_ranked_by_logits(with_logits):
+    """Probabilities of logits above 17 are all 1: NMS keeps the box of the highest logit, wherever it stands."""
+    model = detector()
+    boxes = torch.tensor([[10.0, 10, 30, 30], [11, 10, 31, 30], [50, 50, 80, 80], [10, 11, 30, 31], [51, 50, 81, 80]])
+    logits = torch.tensor([18.0, 25, 40, 19, 39])
+    candidates = Instances((90, 90), pred_boxes=Boxes(boxes), scores=logits.sigmoid())
+    candidates.pred_classes, candidates.group_scales = torch.zeros(5, dtype=torch.int64), logits
+    assert (candidates.scores == 1).all()
+    if with_logits:
+        candidates.logits = logits
+    found = model.select_detections(candidates)
+    assert found.group_scales.tolist() == ([40, 25] if with_logits else [18, 40])
+    assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "group_scales"}
+
+
+def test_scores_fall_though_the_sigmoid_rounds():
+    """And what is equal after rounding stands by logit."""
+    model = detector()
+    model.max_detections = 5000
+    num = 4000
+    logits = torch.linspace(14, 20, num)[torch.randperm(num, generator=torch.Generator().manual_seed(0))]
+    corner = torch.arange(num)[:, None] * torch.tensor([30.0, 0])
+    candidates = Instances((90, 90), pred_boxes=Boxes(torch.cat([corner, corner + 20], dim=1)), logits=logits)
+    candidates.scores, candidates.group_scales = logits.sigmoid() - 1e-7 * (torch.arange(num) % 2), logits
+    candidates.pred_classes = torch.zeros(num, dtype=torch.int64)
+    found = model.select_detections(candidates)
+    assert len(found) == num and (found.scores[1:] <= found.scores[:-1]).all()
+    equal = found.scores[1:] == found.scores[:-1]
+    assert equal.sum() > num // 2 and (found.group_scales[1:] <= found.group_scales[:-1])[equal].all()
+
+
 def test_images_without_ignore_boxes():
     model = detector()
     inputs = batch()

@@ -13,6 +13,7 @@ from gs_d2.config import add_gs_config
 from gs_d2.data import load_wider_face
 from gs_d2.modeling import DilatedRPNHead, GroupSampler
 from gs_d2.modeling.rpn_heads import num_octaves
+from gs_d2.ops import reference
 
 K = 3
 SMALL = f"""
@@ -58,6 +59,50 @@ def detectron2_losses(model, arguments, num_positives):
     model.loss_normalizer = max(num_positives, 1)
     with EventStorage():
         return RetinaNet.losses(model, *arguments)
+
+
+def detections(model, logits, deltas, size=(128, 128)):
+    maps = feature_maps(num_images=len(logits[0]))
+    return model.inference(model.anchor_generator(maps), logits, deltas, [size] * len(logits[0]))
+
+
+def test_detections_are_detectron2s():
+    """Where no score rounds to 1."""
+    ours = build("retinanet_focal", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.3).eval()
+    theirs = build(
+        "retinanet_focal", *"MODEL.RETINANET.SCORE_THRESH_TEST 0.3 MODEL.META_ARCHITECTURE RetinaNet".split()
+    )
+    for module in ours.head.modules():
+        if isinstance(module, torch.nn.Conv2d) and module is not ours.head.bbox_pred:
+            torch.nn.init.normal_(module.weight, std=0.1)
+    torch.nn.init.constant_(ours.head.cls_score.bias, -1.0)
+    theirs.eval().load_state_dict(ours.state_dict())
+    generator = torch.Generator().manual_seed(2)
+    inputs = [{"image": torch.randint(0, 256, (3, 128, s), generator=generator, dtype=torch.uint8)} for s in (128, 96)]
+    with torch.no_grad():
+        results = zip(ours(inputs), theirs(inputs), strict=True)
+    for found, expected in ((a["instances"], b["instances"]) for a, b in results):
+        assert len(found) == len(expected) > 10 and len(found.pred_classes.unique()) > 1
+        assert found.get_fields().keys() == expected.get_fields().keys()
+        torch.testing.assert_close(found.scores, expected.scores)
+        order = [x.pred_boxes.tensor[:, 0].argsort(stable=True) for x in (found, expected)]
+        torch.testing.assert_close(found.pred_boxes.tensor[order[0]], expected.pred_boxes.tensor[order[1]])
+
+
+def test_detections_are_ranked_by_logits():
+    """Of boxes one over the other NMS keeps that of the highest logit, though all of their scores are 1."""
+    model = build("retinanet_focal", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", 4)
+    anchors = model.anchor_generator(feature_maps(num_images=1))
+    logits = [torch.full((1, len(x), K), -20.0) for x in anchors]
+    deltas = [torch.zeros(1, len(x), 4) for x in anchors]
+    # Of the finest map's 16 x 16 cells of 9 anchors: three neighbours, the middle one last, and two far away.
+    rows = [(y * 16 + x) * 9 + 1 for x, y in ((4, 6), (6, 6), (5, 6), (0, 0), (8, 12))]
+    logits[0][0, rows, 1] = torch.tensor([18.0, 19, 25, 40, 17.5])
+    (found,) = detections(model, logits, deltas)
+    expected = anchors[0].tensor[rows]
+    assert (reference.box_iou(expected[2:3], expected[:2]) > 0.5).all()
+    assert (found.scores == 1).all() and found.pred_classes.tolist() == [1] * len(found)
+    assert torch.equal(found.pred_boxes.tensor, expected[[3, 2]]), "the fifth is beyond the map's limit of candidates"
 
 
 @pytest.mark.parametrize("num_images", [1, 2])

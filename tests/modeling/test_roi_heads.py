@@ -17,7 +17,6 @@ from torch import nn
 from gs_d2.modeling import GroupedROIHeads, GroupSampler, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
 from gs_d2.modeling.group_loss import GroupLoss
-from gs_d2.modeling.roi_heads import _ENSEMBLES
 from gs_d2.ops import reference
 
 SCALES = [16, 32, 64, 128]
@@ -377,7 +376,7 @@ def test_candidates(ensemble, thresh, num_classes, agnostic):
         assert torch.equal(found.pred_classes, expected[:, 1].long())
         assert torch.equal(found.anchor_scales, expected[:, 2])
         torch.testing.assert_close(found.pred_boxes.tensor, expected[:, 3:], rtol=1e-4, atol=1e-3)
-        assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "anchor_scales"}
+        assert set(found.get_fields()) == {"pred_boxes", "scores", "logits", "pred_classes", "anchor_scales"}
 
 
 @pytest.mark.parametrize(("num_classes", "max_detections"), [(1, 1000), (2, 1000), (2, 7)])
@@ -440,12 +439,3 @@ def test_boxes_keep_their_precision_on_maps_of_half_precision():
 def test_an_unknown_ensemble_is_named():
     with pytest.raises(ValueError, match="SCORE_ENSEMBLE must be one of arithmetic, geometric, none, got 'mean'"):
         build(score_ensemble="mean")
-
-
-def test_of_several_classes_the_geometric_mean_rules_out_what_the_second_stage_does():
-    """Objectness speaks for all classes: its arithmetic mean would give a class of probability 0 half its score."""
-    first, second = torch.tensor([[0.9], [0.6]]), torch.tensor([[0.0, 0.9], [0.5, 0.1]])
-    arithmetic, geometric = (_ENSEMBLES[name](first, second) for name in ("arithmetic", "geometric"))
-    assert arithmetic[0, 0] > 0.4 and geometric[0, 0] == 0
-    assert geometric[:, 0].argmax() == 1 and geometric[:, 1].argmax() == 0
-    torch.testing.assert_close(geometric[1, 0], torch.tensor(0.3).sqrt())
