@@ -12,13 +12,13 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import gs_d2.data
 import gs_d2.modeling  # noqa: F401
 from gs_d2.config import add_gs_config, check_config
+from gs_d2.engine import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -500,8 +500,8 @@ def train_and_detect(settings: str):
         for module in model.head.modules():
             if isinstance(module, torch.nn.Conv2d):  # Detectron2's std of 0.01 is for 256 channels
                 torch.nn.init.kaiming_normal_(module.weight)
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)  # its warm-up keeps a net from random weights finite
+    optimizer = Trainer.build_optimizer(cfg, model)
+    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)  # its warm-up keeps a net from random weights finite
     before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
     sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
     scales = sorted(sizes[0] if len(sizes) == 1 else [min(sizes_of_map) for sizes_of_map in sizes])
