@@ -178,7 +178,7 @@ class SamePaddedConv2d(nn.Conv2d):
     """timm's Conv2dSame for images whose sides its stride divides.
 
     As in TensorFlow the result has side / stride pixels, and of an odd padding the larger part comes last. For such
-    sides the padding is a constant, where timm's is arithmetic on the size, which makes an export for any size take minutes.
+    sides the padding is a constant. timm's is arithmetic on the size, which makes an export for any size take minutes.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -192,7 +192,8 @@ class SamePaddedConv2d(nn.Conv2d):
             self.pads += [total // 2, total - total // 2]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(F.pad(x, self.pads), self.weight, self.bias)
+        x = F.pad(x, self.pads)
+        return F.conv2d(x, self.weight, self.bias, self.stride, dilation=self.dilation, groups=self.groups)
 
 
 def _fix_padding(net):
