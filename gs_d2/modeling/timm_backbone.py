@@ -212,7 +212,7 @@ def _creator(name, options):
     except ImportError as error:
         raise ImportError(f"a backbone of timm needs that package ({error}): pip install timm") from error
     arch = name.split(".")[0]  # a tag behind the dot names a set of weights
-    if not timm.is_model(arch):  # as are "hf-hub:..." and other names of places
+    if not timm.is_model(arch):  # nor are "hf-hub:..." and other addresses
         close = difflib.get_close_matches(arch, timm.list_models(), n=_MAX_NAMED)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ValueError(f"timm {timm.__version__} has no model {name!r} (MODEL.GS.TIMM.NAME){hint}")
