@@ -6,6 +6,7 @@ import os
 import re
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
@@ -87,6 +88,7 @@ class TimmBackbone(Backbone):
         trained_convs = [conv for conv, _ in pairs if conv.weight in trained]
         self._absent_weights = ""
         self._load_and_fold(weights, pairs, create)
+        _fix_padding(self.net)
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad = name in trained_names
         for conv in trained_convs:
@@ -172,6 +174,37 @@ class TimmBackbone(Backbone):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class SamePaddedConv2d(nn.Conv2d):
+    """timm's Conv2dSame for images whose sides its stride divides.
+
+    As in TensorFlow the result has side / stride pixels, and of an odd padding the larger part comes last. For such
+    sides the padding is a constant. timm's is arithmetic on the size, which makes an export for any size take minutes.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        """Takes weight and bias of `conv`, the same tensors."""
+        super().__init__(1, 1, conv.kernel_size, stride=conv.stride, dilation=conv.dilation, device="meta")
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.weight, self.bias = conv.weight, conv.bias
+        self.pads = []  # left, right, top, bottom
+        for size, stride, dilation in list(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))[::-1]:
+            total = max(dilation * (size - 1) + 1 - stride, 0)
+            self.pads += [total // 2, total - total // 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, self.pads)
+        return F.conv2d(x, self.weight, self.bias, self.stride, dilation=self.dilation, groups=self.groups)
+
+
+def _fix_padding(net):
+    from timm.layers import Conv2dSame
+
+    for parent in list(net.modules()):
+        for name, child in list(parent._modules.items()):
+            if type(child) is Conv2dSame:
+                setattr(parent, name, SamePaddedConv2d(child))
+
+
 def _creator(name, options):
     """timm.create_model for this network, which then fetches nothing."""
     try:
@@ -179,7 +212,7 @@ def _creator(name, options):
     except ImportError as error:
         raise ImportError(f"a backbone of timm needs that package ({error}): pip install timm") from error
     arch = name.split(".")[0]  # a tag behind the dot names a set of weights
-    if ":" in name or not timm.is_model(arch):
+    if not timm.is_model(arch):  # nor are "hf-hub:..." and other addresses
         close = difflib.get_close_matches(arch, timm.list_models(), n=_MAX_NAMED)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ValueError(f"timm {timm.__version__} has no model {name!r} (MODEL.GS.TIMM.NAME){hint}")

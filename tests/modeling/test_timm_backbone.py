@@ -8,6 +8,8 @@ import timm
 import torch
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,6 +17,7 @@ import gs_d2.modeling  # noqa: F401
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import load_config
 from gs_d2.modeling import TimmBackbone
+from gs_d2.modeling.timm_backbone import SamePaddedConv2d
 
 FAMILIES = {  # channels at strides 4, 8, 16 and 32
     "mobilenetv2_100": [24, 32, 96, 320],
@@ -130,6 +133,9 @@ def test_stages_are_frozen_by_stride(freeze_at, bn):
     frozen = {*parts[: {0: 0, 1: 2, 2: 3, 3: 4, 4: 6, 5: 8}[freeze_at]]}
     backbone = TimmBackbone("mobilenetv2_100", MAPS, bn=bn, freeze_at=freeze_at).train()
     assert trained_parts(backbone) - {"bn1"} == {*parts} - frozen
+    if bn != "frozen":  # biases and BatchNorm too
+        fixed = {part_of(name) for name, x in backbone.net.named_parameters() if not x.requires_grad}
+        assert fixed - {"bn1"} == frozen
     statistics = {name: x.clone() for name, x in backbone.net.named_buffers()}
     maps = backbone(IMAGE)
     # What is frozen is no part of autograd's graph, so nothing of it is kept or computed backward.
@@ -149,9 +155,14 @@ def test_stages_of_a_resnet_are_frozen_as_in_detectron2():
         assert layers <= fixed and fixed.isdisjoint({"layer3", "layer4"})
 
 
-def test_freezing_more_than_the_maps_need_freezes_all_of_it():
-    backbone = TimmBackbone("mobilenetv2_100", ["stride4", "stride8"], freeze_at=5)
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("mobilenetv2_100", "conv_stem blocks.0 blocks.1 blocks.2"), ("convnext_atto", "stem_0 stem_1 stages_0 stages_1")],
+)
+def test_freezing_more_than_the_maps_need_freezes_all_of_it_and_adds_nothing(name, parts):
+    backbone = TimmBackbone(name, ["stride4", "stride8"], freeze_at=5)
     assert not any(x.requires_grad for x in backbone.parameters())
+    assert {part_of(key) for key in backbone.net.state_dict()} == set(parts.split())
 
 
 def test_a_network_without_such_a_stride_is_not_frozen_up_to_it():
@@ -200,6 +211,39 @@ def test_maps_with_channels_behind_are_turned():
     maps = TimmBackbone("swin_tiny_patch4_window7_224", MAPS, options=tiny).eval()(IMAGE)
     assert [tuple(x.shape[1:]) for x in maps.values()] == [(12, 16, 24), (24, 8, 12), (48, 4, 6), (96, 2, 3)]
     assert all(x.is_contiguous() for x in maps.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    bias=st.booleans(),
+    cells=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_same_padding_is_timms_for_sides_that_the_stride_divides(size, stride, dilation, groups, bias, cells):
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    by_timm = Conv2dSame(2 * groups, 3 * groups, size, stride=stride, dilation=dilation, groups=groups, bias=bias)
+    image = torch.randn(1, 2 * groups, *(6 * s * n for s, n in zip(stride, cells, strict=True)))
+    ours = SamePaddedConv2d(by_timm)
+    assert ours.state_dict().keys() == by_timm.state_dict().keys() and ours.weight is by_timm.weight
+    with torch.no_grad():
+        assert torch.equal(ours(image), by_timm(image))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "tf_efficientnet_lite0"])
+def test_a_graph_of_any_size_can_be_exported(name):
+    backbone = TimmBackbone(name, ["stride8"]).eval()
+    height, width = (torch.export.Dim(axis, min=2, max=64) for axis in "hw")
+    with torch.no_grad():
+        exported = torch.export.export(backbone, (IMAGE,), dynamic_shapes=({2: 8 * height, 3: 8 * width},))
+        called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+        assert all(name.startswith("aten.") and "sym" not in name for name in called)  # no arithmetic on the size
+        for image in (IMAGE, torch.rand(2, 3, 40, 24)):
+            torch.testing.assert_close(exported.module()(image), backbone(image))
 
 
 def test_options_go_to_timm():
