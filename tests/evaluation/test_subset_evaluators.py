@@ -63,8 +63,9 @@ def test_wider_face_with_the_official_files(temporary, monkeypatch, tmp_path, ca
         for image, output in list(zip(dicts, outputs, strict=True))[::3]:
             evaluator.process([image], [output])
         figures[dataset] = evaluator.evaluate()["wider_face"]
-    assert figures[name].pop("hard") == figures[name]["all"] > 0
-    assert figures[name] == figures["wider_only_test"]
+    assert figures[name]["hard"] == figures[name]["all"] > 0
+    without_hard = {key: value for key, value in figures[name].items() if not key.startswith("hard")}
+    assert without_hard == figures["wider_only_test"]
     assert "were not processed" not in caplog.text
     assert json.loads((tmp_path / name / "results.json").read_text())["num_images"] == 3
 
