@@ -1,12 +1,13 @@
 """Builds gs_d2 and its extension gs_d2._C.
 
 CUDA kernels are built when FORCE_CUDA=1, or when torch sees a GPU and CUDA_HOME has nvcc; the variable
-TORCH_CUDA_ARCH_LIST is honoured. Everything else (dependencies, Detectron2) is set up by the Makefile; see
-the README.
+TORCH_CUDA_ARCH_LIST is honoured. With FORCE_CUDA=1 it is an error if they cannot be built. Everything else
+(dependencies, Detectron2) is set up by the Makefile; see the README.
 """
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def find_cuda(torch, cpp_extension):
     forced = os.environ.get("FORCE_CUDA", "0") == "1"
     if not forced and not torch.cuda.is_available():
         return None
+
+    def without(message):
+        if forced:
+            sys.exit(f"gs_d2: {message}")
+        print(f"gs_d2: {message}: building for the CPU only", file=sys.stderr)
+
+    if missing := missing_cuda_sources():
+        return without(f"the sources of the CUDA kernels are incomplete, {', '.join(missing)} missing in {ROOT}")
     # torch takes the folder above that of the nvcc on the PATH, which may be a link or a script elsewhere.
     homes = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME")]
     homes += [os.path.dirname(os.path.dirname(os.path.realpath(shutil.which("nvcc") or "")))]
@@ -87,11 +96,7 @@ def find_cuda(torch, cpp_extension):
     home = next((h for h in homes if h and is_toolkit(h)), None) if torch.version.cuda else None
     if not home:
         got = "none was found" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
-        message = f"gs_d2: CUDA kernels need a torch built with CUDA and a CUDA toolkit in CUDA_HOME ({got})"
-        if forced:
-            sys.exit(message)
-        print(f"{message}: building for the CPU only", file=sys.stderr)
-        return None
+        return without(f"CUDA kernels need a torch built with CUDA and a CUDA toolkit in CUDA_HOME ({got})")
     cpp_extension.CUDA_HOME = home
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         command = [os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"]
@@ -101,35 +106,76 @@ def find_cuda(torch, cpp_extension):
     return home
 
 
+def missing_cuda_sources():
+    """What is not there of the CUDA kernels' files: those of every op that has CPU files."""
+    ops = [os.path.basename(path)[: -len("_cpu.cpp")] for path in sorted(glob.glob("csrc/ops/*_cpu.cpp"))]
+    files = ["csrc/cuda/kernels.h"] + [file for op in ops for file in (f"csrc/cuda/{op}.cu", f"csrc/ops/{op}_cuda.cpp")]
+    return [file for file in files if not os.path.exists(file)]
+
+
 def is_toolkit(home):
     return all(os.path.exists(os.path.join(home, file)) for file in ("bin/nvcc", "include/cuda_runtime.h"))
 
 
 class BuildPy(build_py):
-    """The configs travel in the wheel, beside gs_d2/model_zoo; an editable install finds them in the checkout."""
+    """Copies the configs beside gs_d2/model_zoo too, and removes what an earlier build left and is gone since.
+
+    An editable install finds the configs in the checkout.
+    """
 
     def run(self):
         super().run()
-        if not getattr(self, "editable_mode", False):
-            target = os.path.join(self.build_lib, "gs_d2", "model_zoo", "configs")
-            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
-            shutil.copytree(os.path.join(ROOT, "configs"), target, ignore=shutil.ignore_patterns("README.md"))
+        if getattr(self, "editable_mode", False):
+            return
+        package = os.path.join(self.build_lib, "gs_d2")
+        wanted = set(map(os.path.normpath, self.get_outputs(include_bytecode=False)))
+        for config in glob.glob("configs/**/*.yaml", recursive=True):
+            target = os.path.normpath(os.path.join(package, "model_zoo", config))
+            self.mkpath(os.path.dirname(target))
+            self.copy_file(config, target)
+            wanted.add(target)
+        for path in map(os.path.normpath, glob.glob(os.path.join(package, "**"), recursive=True)):
+            if os.path.isfile(path) and path not in wanted and not os.path.basename(path).startswith("_C."):
+                os.remove(path)
+
+
+def text_of(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        return file.read()
 
 
 ext_module, build_ext = extension()
 setup(
     name="gs_d2",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', text_of("gs_d2/__init__.py"), re.MULTILINE)[1],
     description="Scale-invariant face detection by group sampling, on Detectron2",
+    long_description=text_of("README.md"),
+    long_description_content_type="text/markdown",
+    keywords=["face detection", "object detection", "group sampling", "WIDER FACE", "Detectron2", "PyTorch"],
+    project_urls={"Paper": "https://doi.org/10.1109/TPAMI.2020.3012414"},
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     packages=find_packages(include=["gs_d2", "gs_d2.*"]),
     package_data={"gs_d2.model_zoo": ["weights/*"]},
     python_requires=">={}.{}".format(*MIN_PYTHON),
     # Detectron2 is not listed: the package index has no official build of it (tools/install_detectron2.py).
     install_requires=["torch>=2.10", "numpy"],
     extras_require={
-        "detection": ["torchvision", "scipy", "pycocotools", "fvcore", "matplotlib"],
-        "timm": ["timm>=1.0"],  # backbones of timm (docs/backbones.md)
+        # all but ops and sampling
+        "detection": [
+            *("fvcore", "h5py", "matplotlib", "pillow", "pycocotools", "pyyaml"),
+            *("safetensors", "scipy", "torchvision", "tqdm"),
+        ],
+        "timm": ["timm>=1.0"],  # FaceDetector(), and backbones of timm (docs/backbones.md)
+        "export": ["onnx", "onnxruntime", "onnxscript"],  # docs/export.md
     },
     ext_modules=[ext_module],
     cmdclass={"build_ext": build_ext, "build_py": BuildPy},

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The ops alone: a small dense detector labelled and sampled in plain PyTorch, without Detectron2.
+"""Ops and sampler alone: a small dense detector labelled and sampled in plain PyTorch, without Detectron2.
 
     python examples/plain_torch.py
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gs_d2 import ops
+from gs_d2.sampling import GroupSampler, group_by_scale
 
 SCALES = [8.0, 16.0, 32.0, 64.0]
 STRIDE, IMAGE_SIZE, NUM_PER_SCALE = 8, 128, 32
@@ -40,7 +41,7 @@ def make_anchors():
     centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2)
     half = torch.tensor(SCALES)[None, :, None] / 2
     anchors = torch.cat([centres - half, centres + half], dim=-1).reshape(-1, 4)
-    return anchors, torch.arange(len(SCALES)).repeat(len(centres))
+    return anchors, group_by_scale(anchors[:, 2] - anchors[:, 0], SCALES)  # squares: the side is the scale
 
 
 def draw_images(num_images, generator):
@@ -55,7 +56,7 @@ def draw_images(num_images, generator):
     return images, boxes_of
 
 
-def loss_of(model, images, boxes_of, anchors, group_idxs, seed):
+def loss_of(model, sampler, images, boxes_of, anchors, group_idxs, seed):
     """The loss, and the labels before and after sampling [B, N]: 1, 0, or -1 where an anchor takes no part."""
     logits, shifts = model(images)
     gt_boxes = torch.cat(boxes_of)
@@ -63,15 +64,7 @@ def loss_of(model, images, boxes_of, anchors, group_idxs, seed):
     match = ops.two_pass_match(gt_boxes, anchors, gt_offsets=gt_offsets)  # the whole batch at once
 
     losses = F.binary_cross_entropy_with_logits(logits, (match.match_labels == 1).float(), reduction="none")
-    drawn = ops.group_subsample(
-        match.match_labels,
-        group_idxs.expand_as(match.match_labels),
-        num_groups=len(SCALES),
-        num_per_group=NUM_PER_SCALE,
-        method="wrs",
-        losses=losses,  # hard anchors are drawn more often
-        seed=seed,
-    )
+    drawn = sampler(match.match_labels, group_idxs.expand_as(match.match_labels), losses, seed)
 
     matched = gt_boxes[match.matched_idxs + gt_offsets[:-1, None]]
     targets = (matched - anchors) / (anchors[:, 2] - anchors[:, 0])[:, None]
@@ -90,9 +83,10 @@ def main(num_iterations=30):
     model = DenseDetector(len(SCALES))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     anchors, group_idxs = make_anchors()
+    sampler = GroupSampler(len(SCALES), NUM_PER_SCALE, method="wrs")  # hard anchors are drawn more often
     for iteration in range(num_iterations):
         images, boxes_of = draw_images(4, generator)
-        loss, labels, drawn = loss_of(model, images, boxes_of, anchors, group_idxs, seed=iteration)
+        loss, labels, drawn = loss_of(model, sampler, images, boxes_of, anchors, group_idxs, seed=iteration)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,10 @@ try:
 except ImportError as error:
     raise ImportError(
         f"gs_d2's detectors need Detectron2, which does not import here ({error}). "
-        "Install it with: python tools/install_detectron2.py (gs_d2.ops alone needs only torch)"
+        "Install it with: python tools/install_detectron2.py in gs_d2's source, or pip install --no-build-isolation "
+        # of the same commit; for whoever has the wheel, which has no tools
+        "'git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833' "
+        "(gs_d2.ops and gs_d2.sampling alone need only torch)"
     ) from error
 
 from detectron2.utils import comm

@@ -15,7 +15,8 @@ _MAX_CONFIG_BYTES = 2**20  # of a file, and of what it stands for when all alias
 
 
 def add_gs_config(cfg):
-    """Adds MODEL.GS, INPUT.GS, SOLVER.GS and TEST.GS to a Detectron2 config, in place.
+    """Adds MODEL.GS, INPUT.GS, SOLVER.GS and TEST.GS to a Detectron2 config, in place, and registers what a config can
+    name with Detectron2: the parts of gs_d2.modeling and the data sets of gs_d2.data.
 
     Where a Detectron2 key fits it is used instead: MODEL.RPN.BATCH_SIZE_PER_IMAGE is N, the samples per group (per
     image without groups); POSITIVE_FRACTION, IOU_THRESHOLDS [low, high], NMS_THRESH, PRE_NMS_TOPK_* and
@@ -23,6 +24,10 @@ def add_gs_config(cfg):
     "iou" (-ln IoU) and "least_square_iou"; LOSS_WEIGHT scales both terms, BBOX_REG_LOSS_WEIGHT is eta of eq. 2.
     GroupSamplingRetinaNet reads the first two, and MODEL.RETINANET.* for the rest.
     """
+    # Not at the top of the file, so that importing it stays quick.
+    import gs_d2.data
+    import gs_d2.modeling  # noqa: F401
+
     cfg.MODEL.GS = CN()
     # False: all anchors form one group, the paper's baselines.
     cfg.MODEL.GS.GROUP_SAMPLING = True

@@ -1,6 +1,7 @@
 """What importing the package does and does not do, and that its public names are as other projects hold them."""
 
 import inspect
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -69,6 +70,79 @@ def test_ops_need_torch_only():
     assert known == "0.5"
 
 
+def test_sampling_needs_torch_only():
+    loaded, drawn, groups = run("""
+        Hide.names = ("detectron2", "fvcore", "torchvision")
+        import torch
+        before = set(sys.modules)
+        from gs_d2.sampling import GroupSampler, first_of_each_group, group_by_scale
+        print(sorted(name for name in set(sys.modules) - before if name.startswith(("gs_d2.modeling", "detectron2"))))
+        labels = torch.tensor([1, 0, 0, 0], dtype=torch.int8)
+        print((GroupSampler(1, 4)(labels, torch.zeros(4, dtype=torch.int64)) >= 0).sum().item())
+        groups = group_by_scale(torch.tensor([16.0, 31.0, 33.0]), [16, 32])
+        print(groups.tolist(), first_of_each_group(groups, 2, 1).tolist())
+    """)
+    assert (loaded, drawn, groups) == ("[]", "4", "[0, 1, 1] [0, 1]")
+
+
+def test_the_sampler_is_the_same_under_both_names():
+    from gs_d2 import modeling, sampling
+
+    assert modeling.GroupSampler is sampling.GroupSampler and modeling.group_by_scale is sampling.group_by_scale
+
+
+def test_a_stock_program_needs_add_gs_config_only():
+    """Detectron2's own functions find our models and data sets by name, whatever else was not imported."""
+    loaded, built, data_sets, classes, predictor, found = run("""
+        from detectron2.config import get_cfg
+        from gs_d2.config import add_gs_config
+        print([name for name in ("detectron2.modeling", "gs_d2.data", "gs_d2.modeling") if name in sys.modules])
+
+        import numpy
+        from detectron2.data import DatasetCatalog, MetadataCatalog
+        from detectron2.engine import DefaultPredictor
+        from detectron2.modeling import build_model
+        cfg = get_cfg()
+        add_gs_config(cfg)
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.merge_from_file("configs/wider_gs.yaml")
+        print(type(build_model(cfg)).__name__)
+        print("wider_face_train" in DatasetCatalog.list())
+        print(MetadataCatalog.get("wider_face_train").thing_classes)
+        cfg.merge_from_file("configs/quick/demo.yaml")
+        cfg.MODEL.WEIGHTS = ""
+        cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 64
+        predict = DefaultPredictor(cfg)
+        print(type(predict.model).__name__)
+        print(sorted(predict(numpy.zeros((64, 48, 3), numpy.uint8))))
+    """)
+    assert loaded == "[]"  # the import alone waits for no models
+    assert (built, predictor) == ("GroupedFastRCNN", "RPNDetector")
+    assert (data_sets, classes) == ("True", "['face']")
+    assert found == "['instances']"
+
+
+def test_what_is_imported_first_does_not_matter():
+    """No cycle: after each module alone, a config can be made."""
+    printed = run("""
+        import os
+        import detectron2.engine, detectron2.evaluation
+        from detectron2.config import get_cfg
+        names = ("checkpoint", "config", "data", "engine", "inference", "model_zoo", "modeling", "sampling")
+        for name in names:  # each in a fork, which has of gs_d2 nothing yet
+            assert not any(module.startswith("gs_d2") for module in sys.modules)
+            pid = os.fork()
+            if pid == 0:
+                __import__(f"gs_d2.{name}")
+                from gs_d2.config import add_gs_config
+                add_gs_config(get_cfg())
+                os._exit(0 if "gs_d2.modeling" in sys.modules and "gs_d2.data" in sys.modules else 1)
+            assert os.waitpid(pid, 0)[1] == 0, name
+            print(name)
+    """)
+    assert len(printed) == 8
+
+
 def test_without_detectron2_there_is_one_message():
     *messages, evaluator, script, ops = run("""
         Hide.names = ("detectron2",)
@@ -91,23 +165,28 @@ def test_without_detectron2_there_is_one_message():
     assert len(set(messages)) == 1 and len(messages) == 5
     assert "need Detectron2, which does not import here (No module named 'detectron2')" in messages[0]
     assert "python tools/install_detectron2.py" in messages[0]
+    tool = runpy.run_path(str(ROOT / "tools" / "install_detectron2.py"))
+    official = f"git+{tool['OFFICIAL_REPOSITORY']}@{tool['OFFICIAL_COMMIT']}"
+    assert f"pip install --no-build-isolation '{official}'" in messages[0]  # for whoever has a wheel, and no tools
     assert evaluator == messages[0]
     assert script == messages[0]
     assert ops == "gs_d2.ops"
 
 
 def test_timm_is_loaded_by_its_backbones_only():
-    loaded, message = run("""
+    loaded, *messages = run("""
         Hide.names = ("timm",)
         import gs_d2.modeling, gs_d2.inference
         print("timm" in sys.modules)
-        try:
-            gs_d2.modeling.TimmBackbone("resnet18", ["stride8"])
-        except ImportError as error:
-            print(error)
+        for build in (lambda: gs_d2.modeling.TimmBackbone("resnet18", ["stride8"]), gs_d2.inference.FaceDetector):
+            try:
+                build()
+            except ImportError as error:
+                print(error)
     """)
     assert loaded == "False"
-    assert message == "a backbone of timm needs that package (No module named 'timm'): pip install timm"
+    assert len(messages) == 2 and len(set(messages)) == 1
+    assert messages[0] == "a backbone of timm needs that package (No module named 'timm'): pip install timm"
 
 
 def test_without_the_extension_the_message_says_how_to_build_it():

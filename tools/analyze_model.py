@@ -27,7 +27,6 @@ from fvcore.nn import FlopCountAnalysis
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import gs_d2.modeling  # noqa: F401  isort: skip  (registers the models)
 from gs_d2.config import load_config  # isort: skip
 
 from detectron2.layers import FrozenBatchNorm2d

@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
-import gs_d2.modeling  # noqa: F401  (registers the detectors)
+import gs_d2.modeling  # noqa: F401  (registers the detectors, also for a config that another process has made)
 from gs_d2 import model_zoo
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import load_config

@@ -27,7 +27,7 @@ def list_configs(pattern: str = "*") -> list[str]:
     """Names of the configs, sorted, such as "wider/fpn_finest_sampling.yaml".
 
     Args:
-        pattern: as in a shell, for the whole name, `*` also for slashes: "coco/*".
+        pattern: as in a shell, for the whole name, `*` also for slashes: `"coco/*"`.
     """
     root = _configs()
     names = (path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
@@ -92,7 +92,6 @@ def get(name: str, trained: bool = False, device: str | None = None):
     """
     from detectron2.modeling import build_model
 
-    import gs_d2.modeling  # noqa: F401  (registers the detectors)
     from gs_d2.checkpoint import Checkpointer
 
     cfg = get_config(name, trained)

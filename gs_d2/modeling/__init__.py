@@ -12,8 +12,8 @@ from gs_d2.modeling.retinanet import GroupSamplingRetinaNet
 from gs_d2.modeling.roi_heads import GroupedROIHeads
 from gs_d2.modeling.rpn import GroupSamplingRPN
 from gs_d2.modeling.rpn_heads import DilatedRPNHead, PerMapRPNHead, SoftmaxRPNHead
-from gs_d2.modeling.sampling import GroupSampler, group_by_scale
 from gs_d2.modeling.timm_backbone import TimmBackbone, build_timm_topdown_backbone
+from gs_d2.sampling import GroupSampler, group_by_scale
 
 __all__ = [
     "DilatedRPNHead",

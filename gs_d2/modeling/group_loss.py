@@ -12,7 +12,7 @@ from torch import Tensor
 from gs_d2.modeling.criterion import GroupCriterion, log_group_statistics
 from gs_d2.modeling.matcher import TwoPassMatcher
 from gs_d2.modeling.nms import prune_overlapping
-from gs_d2.modeling.sampling import GroupSampler, group_by_scale
+from gs_d2.sampling import GroupSampler, group_by_scale
 
 
 class GroupLoss:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from gs_d2 import ops
-from gs_d2.modeling.sampling import first_of_each_group
+from gs_d2.sampling import first_of_each_group
 
 # Boxes compared with each other at a time. torchvision's CUDA kernel takes n^2 / 8 bytes, 8 MB of these, where 400,000
 # boxes would take 20 GB; its CPU kernel takes many times as long for a pair as our IoU, which compares chunks.

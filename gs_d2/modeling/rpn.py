@@ -15,7 +15,7 @@ from torch import Tensor
 from gs_d2.modeling.decoding import best_boxes
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import top_nms, top_nms_of_groups
-from gs_d2.modeling.sampling import group_by_scale
+from gs_d2.sampling import group_by_scale
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

@@ -13,7 +13,7 @@ from gs_d2 import ops
 from gs_d2.modeling import GroupSampler, GroupSamplingRPN, ScaleStrideAnchorGenerator, SoftmaxRPNHead, TwoPassMatcher
 from gs_d2.modeling.criterion import GroupCriterion
 from gs_d2.modeling.group_loss import GroupLoss
-from gs_d2.modeling.sampling import group_by_scale
+from gs_d2.sampling import group_by_scale
 
 SCALES = [16, 32, 64, 128]
 

@@ -1,4 +1,4 @@
-"""Group sampling: which labelled anchors take part in the loss (paper, section 4.2)."""
+"""Group sampling: which labelled anchors take part in the loss (paper, section 4.2). Needs torch only."""
 
 import torch
 from torch import Tensor

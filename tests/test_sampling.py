@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from gs_d2.data import load_wider_face
-from gs_d2.modeling import GroupSampler, ScaleStrideAnchorGenerator, TwoPassMatcher
-from gs_d2.modeling.sampling import first_of_each_group, group_by_scale
+from gs_d2.modeling import ScaleStrideAnchorGenerator, TwoPassMatcher
+from gs_d2.sampling import GroupSampler, first_of_each_group, group_by_scale
 
 SCALES = [16, 32, 64, 128]
 
