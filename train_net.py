@@ -18,9 +18,10 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gs_d2.config import check_config, check_training, load_config
+from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
+from gs_d2.engine.checks import check_config, check_training
 
 
 def checked_config(args):

@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.config import check_config, load_config  # isort: skip
+from gs_d2.config import load_config  # isort: skip
+from gs_d2.engine.checks import check_config  # isort: skip
 from gs_d2.evaluation.report import format_table  # isort: skip
 
 

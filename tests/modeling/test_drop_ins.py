@@ -13,8 +13,8 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from gs_d2 import ops
-from gs_d2.config import add_gs_config, check_config, detection_limits
+from gs_d2 import engine, ops
+from gs_d2.config import add_gs_config, check_config
 from gs_d2.modeling import GroupSampler, TwoPassMatcher, group_by_scale
 
 SCALES = faster_rcnn.SCALES
@@ -209,7 +209,10 @@ def test_the_check_of_configs_knows_detectron2s_generalized_rcnn(roi_heads):
     )
     assert cfg.MODEL.RPN.NMS_THRESH == 0.7
     check_config(cfg)
-    assert detection_limits(cfg) == (0.5, 40)
+    setting = engine.test_setting(cfg)
+    assert (setting["NMS IoU"], setting["boxes per image"]) == (0.5, 40)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.TEST.GS.SCORE_THRESH = 0.3, 0.2
+    assert engine.test_setting(cfg)["score threshold"] == (0.2 if roi_heads == "GroupedROIHeads" else 0.3)
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 2000
     with pytest.raises(ValueError, match=r"MODEL\.RPN\.POST_NMS_TOPK_TRAIN is Detectron2's default 2000"):
         check_config(cfg)
