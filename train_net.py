@@ -28,7 +28,7 @@ def checked_config(args):
     """The config of a command line."""
     try:
         cfg = load_config(args.config_file, args.opts)
-        check_config(cfg)
+        check_config(cfg, training=not args.eval_only)
         if not args.eval_only:
             check_training(cfg)
     except (FileNotFoundError, ValueError) as error:

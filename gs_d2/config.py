@@ -63,8 +63,10 @@ def add_gs_config(cfg):
     # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss. What
     # either of the two brings on a CPU: docs/benchmarks/2026-11-24-cpu-detector.md.
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
-    # False: train even with Detectron2 defaults that break the method (see check_config).
-    cfg.MODEL.GS.CHECK_DEFAULTS = True
+    # Keys whose Detectron2 default is kept on purpose, though it breaks the method for faces: check_config then allows
+    # it. For N = 256 this is ["MODEL.RPN.BATCH_SIZE_PER_IMAGE"].
+    cfg.MODEL.GS.KEEP_DEFAULTS = []
+    _register_renamed(cfg)
 
     # A backbone of the package timm, for MODEL.BACKBONE.NAME build_timm_topdown_backbone (docs/backbones.md).
     # MODEL.FPN.IN_FEATURES names its maps: "stride8" the last of that stride, "index2" timm's out index 2.
@@ -168,6 +170,17 @@ def add_gs_config(cfg):
     cfg.TEST.GS.PERIODIC_PYRAMID = True
 
 
+def _register_renamed(cfg):
+    """Has merges that meet an old key say what to write; a copy of a config made by its class forgets it."""
+    if not cfg.key_is_renamed("MODEL.GS.CHECK_DEFAULTS"):
+        cfg.register_renamed_key(
+            "MODEL.GS.CHECK_DEFAULTS",
+            "MODEL.GS.KEEP_DEFAULTS",
+            "instead of True leave it out; instead of False list the keys whose default you keep on purpose, such as "
+            '["MODEL.RPN.BATCH_SIZE_PER_IMAGE"]',
+        )
+
+
 def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
     """A config of its own that may be changed, with this project's keys; reading it runs no code and fetches nothing.
 
@@ -193,6 +206,7 @@ def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
             raise FileNotFoundError(f"no such config: {path}")
         add_gs_config(cfg)
         cfg = _LocalConfig(cfg)
+        _register_renamed(cfg)
         try:
             cfg.merge_from_file(path, allow_unsafe=False)
         except RecursionError as error:
@@ -200,6 +214,7 @@ def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
         except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {_text(error)}") from error
         cfg = CN(cfg)
+        _register_renamed(cfg)
     try:
         cfg.merge_from_list(list(opts))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -271,11 +286,6 @@ def check_pyramid(cfg):
         raise ValueError(
             "TEST.GS.PYRAMID resizes from the file's own size, and INPUT.MIN_SIZE_TEST "
             f"{cfg.INPUT.MIN_SIZE_TEST} would resize before: set INPUT.MIN_SIZE_TEST 0, or TEST.GS.PYRAMID False"
-        )
-    if cfg.TEST.AUG.ENABLED:
-        raise ValueError(
-            "TEST.AUG.ENABLED asks for Detectron2's test augmentation, which knows R-CNNs only: "
-            "set it False and use TEST.GS.PYRAMID, SCALES and FLIP"
         )
 
 

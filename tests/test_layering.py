@@ -36,7 +36,7 @@ class Rule:
 
 
 # from_config, and what a detector says of itself (gs_d2.modeling.description.Description).
-BUILDERS = ("from_config", "test_settings", "breaking_defaults", "contradictions")
+BUILDERS = ("from_config", "test_settings", "breaking_defaults", "contradictions", "unread_keys")
 TORCH_OPS_DIRECTLY = r"\btorch\s*\.\s*ops\s*\.\s*gs_d2\b"
 MESSAGES_WITH_PATHS = r"\bSTD_TORCH_CHECK"  # errors.h has a check without
 DETECTRON2_MODELING = (
@@ -67,6 +67,7 @@ RULES = {
         may=("yaml", "detectron2.config", "gs_d2.compat", "gs_d2.engine.checks"),  # the last when it is asked for
         cfg="anywhere",
     ),
+    "unread keys": Rule(files=("gs_d2/unread_keys.py",), may=()),
     "checkpoint": Rule(
         files=("gs_d2/checkpoint.py",),
         may=(
@@ -87,7 +88,7 @@ RULES = {
     ),
     "networks alone": Rule(  # detectors that differ in their network, and have nothing of their own to say of sampling
         files=("gs_d2/modeling/pipelines/retinaface.py", "gs_d2/modeling/pipelines/ssd.py"),
-        may=("torch", "fvcore.nn", "gs_d2.modeling.rpn_heads", *DETECTRON2_MODELING),
+        may=("torch", "fvcore.nn", "gs_d2.modeling.rpn_heads", "gs_d2.unread_keys", *DETECTRON2_MODELING),
         never=(r"(?i)sampl|match|group|loss|iou|nms",),
         cfg="builders",
     ),
@@ -118,6 +119,7 @@ RULES = {
             "gs_d2.compat",
             "gs_d2.modeling",
             "gs_d2.ops",
+            "gs_d2.unread_keys",
             *DETECTRON2_MODELING,
         ),
         never=(TORCH_OPS_DIRECTLY,),
@@ -260,9 +262,12 @@ RULES = {
     "checks": Rule(
         files=("gs_d2/engine/checks.py",),
         may=(
+            "detectron2.config.get_cfg",
+            "gs_d2.config.add_gs_config",
             "gs_d2.config.check_pyramid",
             "gs_d2.engine.schedule.FLAT_DECAY",
             "gs_d2.modeling.description_of",
+            "gs_d2.unread_keys",
         ),
         cfg="anywhere",
     ),
@@ -351,6 +356,7 @@ VIOLATIONS = [
     ("collect_env", "gs_d2/collect_env.py", "import gs_d2.modeling", "gs_d2.modeling"),
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.data", "gs_d2.data"),
+    ("unread keys", "gs_d2/unread_keys.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
     ("checkpoint", "gs_d2/checkpoint.py", "from gs_d2.config import load_config", "gs_d2.config.load_config"),
     ("checkpoint", "gs_d2/checkpoint.py", "def f(cfg):\n    return cfg.OUTPUT_DIR", "cfg"),
     ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),

@@ -98,7 +98,7 @@ def test_a_class_derived_from_ours_says_what_differs(drawn_datasets, tmp_path, c
 def test_a_detector_without_a_word_tells_classes_and_has_no_breaking_default():
     description = description_of("OneBox")
     assert not description.class_agnostic and description.breaking_defaults(None) == []
-    assert description.contradictions(None) == []
+    assert description.contradictions(None, True) == [] and description.unread_keys(None) == {}
 
 
 def test_a_name_that_nobody_registered(drawn_datasets, tmp_path):

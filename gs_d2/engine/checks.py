@@ -1,45 +1,79 @@
-"""Whether a config can train the method: what of it breaks its detector, or contradicts itself."""
+"""Whether a config can train the method: what of it breaks its detector, does nothing, or contradicts itself."""
 
 import math
+from fnmatch import fnmatchcase
 
-from gs_d2.config import check_pyramid
+from detectron2.config import get_cfg
+
+from gs_d2.config import add_gs_config, check_pyramid
 from gs_d2.engine.schedule import FLAT_DECAY
 from gs_d2.modeling import description_of
+from gs_d2.unread_keys import OF_TRAINER
 
 
-def check_config(cfg):
-    """Refuses Detectron2 defaults that silently break the config's detector, and contradictory settings.
+def check_config(cfg, training: bool = True):
+    """Refuses what silently breaks the config's detector or does nothing in it, and contradictory settings.
+
+    Args:
+        training: False leaves out what has no meaning at test.
 
     Raises:
-        ValueError: naming every such key, its value and what to set. MODEL.GS.CHECK_DEFAULTS False allows the defaults.
+        ValueError: naming every such key, its value and what to set. Detectron2 defaults that break the detector are
+            allowed by MODEL.GS.KEEP_DEFAULTS.
     """
     if cfg.TEST.GS.PYRAMID:
         check_pyramid(cfg)
-    if not cfg.MODEL.GS.CHECK_DEFAULTS:
-        return
     detector = description_of(cfg.MODEL.META_ARCHITECTURE)
-    contradictions = detector.contradictions(cfg)
+    contradictions = detector.contradictions(cfg, training)
     if contradictions:
         raise ValueError("\n".join(contradictions))
-    on_coco = any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
-    broken = [
-        f"  {row.key} is Detectron2's default {row.default}: {row.reason}"
-        for row in detector.breaking_defaults(cfg)
-        if _value(cfg, row.key) == row.default and not (on_coco and row.right_for_coco)
-    ]
-    if broken:
+    _check_unread(cfg, {**OF_TRAINER, **detector.unread_keys(cfg)})
+    _check_defaults(cfg, [row for row in detector.breaking_defaults(cfg) if training or not row.training_only])
+
+
+def _check_unread(cfg, unread):
+    default = get_cfg()
+    add_gs_config(default)
+    default, found = dict(_leaves(default)), []
+    for key, value in _leaves(cfg):
+        if value != default.get(key, value):
+            hints = [hint for pattern, hint in unread.items() if fnmatchcase(key, pattern)]
+            found += [f"  {key} {value!r}: {hint}" for hint in hints]
+    if found:
         raise ValueError(
-            "This config keeps Detectron2 defaults that break group sampling:\n"
-            + "\n".join(broken)
-            + "\nStart from configs/Base-WIDER.yaml, for COCO from configs/Base-COCO.yaml, or set "
-            "MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
+            f"This config sets keys that do nothing in {cfg.MODEL.META_ARCHITECTURE}, as it is trained and tested "
+            "here:\n" + "\n".join(found) + "\nLeave them at their defaults."
         )
 
 
-def _value(cfg, key):
-    for name in key.split("."):
-        cfg = cfg[name]
-    return list(cfg) if isinstance(cfg, (list, tuple)) else cfg
+def _check_defaults(cfg, rows):
+    on_coco = any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
+    values, kept = dict(_leaves(cfg)), cfg.MODEL.GS.KEEP_DEFAULTS
+    for key in kept:
+        if key not in values:
+            raise ValueError(f"MODEL.GS.KEEP_DEFAULTS names {key!r}, which is no key of the config")
+    broken = [
+        row
+        for row in rows
+        if values[row.key] == row.default and row.key not in kept and not (on_coco and row.right_for_coco)
+    ]
+    if broken:
+        lines = [f"  {row.key} is Detectron2's default {row.default}: {row.reason}" for row in broken]
+        raise ValueError(
+            "This config keeps Detectron2 defaults that break group sampling:\n"
+            + "\n".join(lines)
+            + "\nStart from configs/Base-WIDER.yaml, for COCO from configs/Base-COCO.yaml; or name those that you keep "
+            f'on purpose: MODEL.GS.KEEP_DEFAULTS "{[*kept, *(row.key for row in broken)]}"'
+        )
+
+
+def _leaves(cfg, prefix=""):
+    """Keys and values; tuples as lists, since a YAML file may have either."""
+    for name, value in cfg.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
 def check_training(cfg):

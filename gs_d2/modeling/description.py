@@ -35,12 +35,14 @@ class BreakingDefault(NamedTuple):
         reason: why it breaks the detector, and what to set.
         right_for_coco: COCO's own protocol or its baselines (FPN, RetinaNet), and the paper with them, take it: it is
             wrong for faces only.
+        training_only: it has no meaning at test.
     """
 
     key: str
     default: float | list
     reason: str
     right_for_coco: bool = False
+    training_only: bool = False
 
 
 # Of several detectors.
@@ -49,13 +51,17 @@ TOO_FEW_DETECTIONS = BreakingDefault(
 )
 OTHER_SAMPLES = [
     BreakingDefault(
-        "MODEL.RPN.POSITIVE_FRACTION", 0.5, "the paper samples positives : negatives = 1 : 3, that is 0.25"
+        "MODEL.RPN.POSITIVE_FRACTION",
+        0.5,
+        "the paper samples positives : negatives = 1 : 3, that is 0.25",
+        training_only=True,
     ),
     BreakingDefault(
         "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
         256,
         "this is N, the samples per group; the paper uses 2048",
         right_for_coco=True,
+        training_only=True,
     ),
 ]
 
@@ -67,14 +73,17 @@ class Description(NamedTuple):
         class_agnostic (bool): its detections have no classes, so that recall is all that COCO can measure.
         test_settings: cfg -> :class:`DetectionSettings`, which its `from_config` uses as well.
         breaking_defaults: cfg -> list[:class:`BreakingDefault`].
-        contradictions: cfg -> list[str]: settings that contradict each other in this detector; each a sentence that
-            names the keys, their values and what to set.
+        contradictions: cfg, training (bool) -> list[str]: settings that contradict each other in this detector, in
+            training or only at test; each a sentence that names the keys, their values and what to set.
+        unread_keys: cfg -> dict[str, str]: keys that do nothing in this detector, or `fnmatch` patterns of keys, and
+            what to do instead.
     """
 
     class_agnostic: bool
     test_settings: Callable
     breaking_defaults: Callable
     contradictions: Callable
+    unread_keys: Callable
 
 
 class _Undescribed:
@@ -91,8 +100,12 @@ class _Undescribed:
         return []
 
     @classmethod
-    def contradictions(cls, cfg):
+    def contradictions(cls, cfg, training):
         return []
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        return {}
 
 
 _OF_OTHERS: dict[type, type] = {}

@@ -4,6 +4,7 @@ from detectron2.modeling import GeneralizedRCNN
 
 from gs_d2.modeling.description import describes
 from gs_d2.modeling.meta_arch import GroupedFastRCNN, has_grouped_heads
+from gs_d2.unread_keys import OF_RPN_DETECTORS
 
 
 @describes(GeneralizedRCNN)
@@ -16,6 +17,10 @@ class GeneralizedRCNNWithOurParts:
         if has_grouped_heads(cfg.MODEL.ROI_HEADS.NAME):
             return settings
         return settings._replace(score_thresh=cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        return {key: hint for key, hint in GroupedFastRCNN.unread_keys(cfg).items() if key not in OF_RPN_DETECTORS}
 
     breaking_defaults = GroupedFastRCNN.breaking_defaults
     contradictions = GroupedFastRCNN.contradictions

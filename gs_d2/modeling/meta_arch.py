@@ -14,12 +14,14 @@ from detectron2.modeling import (
     build_roi_heads,
 )
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN_HEAD_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from gs_d2.modeling.description import OTHER_SAMPLES, TOO_FEW_DETECTIONS, BreakingDefault, DetectionSettings
 from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.roi_heads import GroupedHeads
+from gs_d2.unread_keys import OF_ROI_HEADS, OF_RPN_DETECTORS
 
 _OF_FIRST_STAGE = [
     TOO_FEW_DETECTIONS,
@@ -32,7 +34,9 @@ _OF_FIRST_STAGE = [
         "it caps detections before TEST.DETECTIONS_PER_IMAGE does",
         right_for_coco=True,
     ),
-    BreakingDefault("MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]"),
+    BreakingDefault(
+        "MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]", training_only=True
+    ),
     *OTHER_SAMPLES,
 ]
 _NMS_OF_PROPOSALS = BreakingDefault(
@@ -43,9 +47,13 @@ _OF_SECOND_STAGE = [
         "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
         12000,
         "over all scales together it starves small proposals, and the second stage of samples; use 50000 as at test",
+        training_only=True,
     ),
     BreakingDefault(
-        "MODEL.RPN.POST_NMS_TOPK_TRAIN", 2000, "the second stage samples from these; use 4000, 1000 of each scale"
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+        2000,
+        "the second stage samples from these; use 4000, 1000 of each scale",
+        training_only=True,
     ),
     BreakingDefault("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class", right_for_coco=True),
 ]
@@ -137,6 +145,15 @@ class RPNDetector(nn.Module):
     @classmethod
     def breaking_defaults(cls, cfg):
         return [*_OF_FIRST_STAGE, _NMS_OF_PROPOSALS]
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        return {
+            **OF_RPN_DETECTORS,
+            **OF_ROI_HEADS,
+            **_unread_by(PROPOSAL_GENERATOR_REGISTRY, cfg.MODEL.PROPOSAL_GENERATOR.NAME),
+            **_unread_by(RPN_HEAD_REGISTRY, cfg.MODEL.RPN.HEAD_NAME),
+        }
 
     @property
     def device(self) -> torch.device:
@@ -303,11 +320,16 @@ class GroupedFastRCNN(RPNDetector):
         return [*_OF_FIRST_STAGE, *_OF_SECOND_STAGE, *of_heads]
 
     @classmethod
-    def contradictions(cls, cfg):
+    def unread_keys(cls, cfg):
+        of_first_stage = {key: hint for key, hint in super().unread_keys(cfg).items() if key not in OF_ROI_HEADS}
+        return {**of_first_stage, **_unread_by(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)}
+
+    @classmethod
+    def contradictions(cls, cfg, training):
         """Counts of proposals by which the second stage's group sampling would come to nothing."""
         gs, num_samples, found = cfg.MODEL.GS, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, []
         num_scales = len(gs.ROI.GROUP_SCALES)
-        for phase in ("TRAIN", "TEST"):
+        for phase in ("TRAIN", "TEST") if training else ("TEST",):
             per_scale, limit = gs[f"GROUP_POST_NMS_TOPK_{phase}"], cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"]
             if per_scale * num_scales > limit:
                 found.append(
@@ -316,7 +338,7 @@ class GroupedFastRCNN(RPNDetector):
                     f"seldom small ones: set it to {per_scale * num_scales}"
                 )
         grouped = gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none" and has_grouped_heads(cfg.MODEL.ROI_HEADS.NAME)
-        if grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
+        if training and grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
             found.append(
                 f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE {num_samples} samples of each reference scale are all of its "
                 f"MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN {gs.GROUP_POST_NMS_TOPK_TRAIN} proposals, so that every sampler "
@@ -347,6 +369,11 @@ def has_grouped_heads(name: str) -> bool:
     """Whether the ROI heads of that name are of this project: matched in two passes, sampled by reference scale."""
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
     return isinstance(heads, type) and issubclass(heads, GroupedHeads)
+
+
+def _unread_by(registry, name: str) -> dict[str, str]:
+    """What the part of that name says that it does not read; {} of a part of somebody else's that says nothing."""
+    return getattr(registry.get(name), "unread_keys", {}) if name in registry else {}
 
 
 def _check_part(detector: nn.Module, key: str, part: nn.Module | None, method: str):

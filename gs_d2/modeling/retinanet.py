@@ -17,6 +17,7 @@ from gs_d2.modeling.description import OTHER_SAMPLES, TOO_FEW_DETECTIONS, Detect
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.rpn_heads import DilatedRPNHead
+from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_HEADS
 
 
 @META_ARCH_REGISTRY.register()
@@ -92,6 +93,17 @@ class GroupSamplingRetinaNet(RetinaNet):
     @classmethod
     def breaking_defaults(cls, cfg):
         return [TOO_FEW_DETECTIONS, *OTHER_SAMPLES]
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        return {
+            **OF_DETECTORS,
+            **OF_RPN,
+            **OF_RPN_HEADS,
+            **OF_ROI_HEADS,
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "use MODEL.RETINANET.SCORE_THRESH_TEST",
+            "MODEL.GS.CHANNELS_LAST": "its feature maps keep PyTorch's own memory order",
+        }
 
     def forward(self, batched_inputs: list[dict]):
         """As Detectron2's; in training each image's dict may have `ignore_boxes` (Boxes), regions in which no anchor is
