@@ -18,16 +18,17 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gs_d2.config import check_config, check_training, load_config
+from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
+from gs_d2.engine.checks import check_config, check_training
 
 
 def checked_config(args):
     """The config of a command line."""
     try:
         cfg = load_config(args.config_file, args.opts)
-        check_config(cfg)
+        check_config(cfg, training=not args.eval_only)
         if not args.eval_only:
             check_training(cfg)
     except (FileNotFoundError, ValueError) as error:

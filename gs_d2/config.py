@@ -1,7 +1,9 @@
-"""This project's config keys, the only reader of config files, and the check that a config can train the method."""
+"""This project's config keys, the only reader of config files, and a check that needs no detector.
+
+`check_config` and `check_training` of :mod:`gs_d2.engine.checks` can be imported from here, too.
+"""
 
 import io
-import math
 import os
 
 import yaml
@@ -66,8 +68,10 @@ def add_gs_config(cfg):
     # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss. What
     # either of the two brings on a CPU: docs/benchmarks/2026-11-24-cpu-detector.md.
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
-    # False: train even with Detectron2 defaults that break the method (see check_config).
-    cfg.MODEL.GS.CHECK_DEFAULTS = True
+    # Keys whose Detectron2 default is kept on purpose, though it breaks the method for faces: check_config then allows
+    # it. For N = 256 this is ["MODEL.RPN.BATCH_SIZE_PER_IMAGE"].
+    cfg.MODEL.GS.KEEP_DEFAULTS = []
+    _register_renamed(cfg)
 
     # A backbone of the package timm, for MODEL.BACKBONE.NAME build_timm_topdown_backbone (docs/backbones.md).
     # MODEL.FPN.IN_FEATURES names its maps: "stride8" the last of that stride, "index2" timm's out index 2.
@@ -171,6 +175,17 @@ def add_gs_config(cfg):
     cfg.TEST.GS.PERIODIC_PYRAMID = True
 
 
+def _register_renamed(cfg):
+    """Has merges that meet an old key say what to write; a copy of a config made by its class forgets it."""
+    if not cfg.key_is_renamed("MODEL.GS.CHECK_DEFAULTS"):
+        cfg.register_renamed_key(
+            "MODEL.GS.CHECK_DEFAULTS",
+            "MODEL.GS.KEEP_DEFAULTS",
+            "instead of True leave it out; instead of False list the keys whose default you keep on purpose, such as "
+            '["MODEL.RPN.BATCH_SIZE_PER_IMAGE"]',
+        )
+
+
 def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
     """A config of its own that may be changed, with this project's keys; reading it runs no code and fetches nothing.
 
@@ -196,6 +211,7 @@ def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
             raise FileNotFoundError(f"no such config: {path}")
         add_gs_config(cfg)
         cfg = _LocalConfig(cfg)
+        _register_renamed(cfg)
         try:
             cfg.merge_from_file(path, allow_unsafe=False)
         except RecursionError as error:
@@ -203,6 +219,7 @@ def load_config(cfg: CN | str | os.PathLike, opts=()) -> CN:
         except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {_text(error)}") from error
         cfg = CN(cfg)
+        _register_renamed(cfg)
     try:
         cfg.merge_from_list(list(opts))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -264,53 +281,6 @@ def _text(error: Exception) -> str:
     return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
 
 
-# (key, what Detectron2 sets, why that breaks the method)
-_BREAKING_DEFAULTS = [
-    ("TEST.DETECTIONS_PER_IMAGE", 100, "a WIDER FACE image has up to 1,968 faces; use 1000 or more"),
-    (
-        "MODEL.RPN.PRE_NMS_TOPK_TEST",
-        6000,
-        "over all scales together it starves small faces; the paper keeps 50000",
-    ),
-    ("MODEL.RPN.POST_NMS_TOPK_TEST", 1000, "it caps detections before TEST.DETECTIONS_PER_IMAGE does"),
-    ("MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]"),
-    ("MODEL.RPN.POSITIVE_FRACTION", 0.5, "the paper samples positives : negatives = 1 : 3, that is 0.25"),
-    ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 256, "this is N, the samples per group; the paper uses 2048"),
-]
-# What COCO's own protocol or its baselines (FPN, RetinaNet), and the paper with them, take: wrong for faces only.
-_RIGHT_FOR_COCO = {
-    "TEST.DETECTIONS_PER_IMAGE",
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
-    "MODEL.RPN.NMS_THRESH",
-    "MODEL.RPN.POST_NMS_TOPK_TEST",
-    "MODEL.ROI_HEADS.NUM_CLASSES",
-}
-TWO_STAGES = ("GroupedFastRCNN", "GeneralizedRCNN")  # ours, and Detectron2's, which takes our parts too
-_GROUPED_HEADS = ("GroupedROIHeads", "PositionSensitiveROIHeads")
-_READ_BY_GROUPED_HEADS = {"MODEL.ROI_HEADS.IOU_THRESHOLDS"}
-_READ_BY_RETINANET = {"TEST.DETECTIONS_PER_IMAGE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.POSITIVE_FRACTION"}
-_BREAKING_SINGLE_STAGE = [("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5")]
-_BREAKING_TWO_STAGE = [
-    (
-        "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
-        12000,
-        "over all scales together it starves small proposals, and the second stage of samples; use 50000 as at test",
-    ),
-    ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 2000, "the second stage samples from these; use 4000, 1000 of each scale"),
-    ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class"),
-    ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5], "two-pass matching needs [low, high]; the paper uses [0.5, 0.6]"),
-]
-
-
-def detection_limits(cfg) -> tuple[float, int]:
-    """IoU of the NMS that gives a model's detections, and the most of an image, from whichever keys its stages use."""
-    if cfg.MODEL.META_ARCHITECTURE in TWO_STAGES:
-        return cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
-    if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
-        return cfg.MODEL.RETINANET.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE
-    return cfg.MODEL.RPN.NMS_THRESH, min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
-
-
 def check_pyramid(cfg):
     """Refuses settings that contradict TEST.GS.PYRAMID.
 
@@ -322,143 +292,11 @@ def check_pyramid(cfg):
             "TEST.GS.PYRAMID resizes from the file's own size, and INPUT.MIN_SIZE_TEST "
             f"{cfg.INPUT.MIN_SIZE_TEST} would resize before: set INPUT.MIN_SIZE_TEST 0, or TEST.GS.PYRAMID False"
         )
-    if cfg.TEST.AUG.ENABLED:
-        raise ValueError(
-            "TEST.AUG.ENABLED asks for Detectron2's test augmentation, which knows R-CNNs only: "
-            "set it False and use TEST.GS.PYRAMID, SCALES and FLIP"
-        )
 
 
-FLAT_DECAY = "WarmupFlatDecayLR"
+def __getattr__(name):  # the engine imports this module
+    if name in ("check_config", "check_training"):
+        from gs_d2.engine import checks
 
-
-def _check_schedule(cfg):
-    solver, decay_iters = cfg.SOLVER, cfg.SOLVER.GS.DECAY_ITERS
-    if solver.LR_SCHEDULER_NAME != FLAT_DECAY:
-        if decay_iters != 0:
-            raise ValueError(
-                f"SOLVER.GS.DECAY_ITERS {decay_iters} does nothing in {solver.LR_SCHEDULER_NAME}: "
-                f"set SOLVER.LR_SCHEDULER_NAME {FLAT_DECAY}, or DECAY_ITERS 0"
-            )
-        return
-    if decay_iters < 1:
-        raise ValueError(f"SOLVER.GS.DECAY_ITERS must be at least 1 with {FLAT_DECAY}, got {decay_iters}")
-    if solver.WARMUP_ITERS + decay_iters > solver.MAX_ITER:
-        raise ValueError(
-            f"SOLVER.MAX_ITER {solver.MAX_ITER} has no room for SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} and "
-            f"SOLVER.GS.DECAY_ITERS {decay_iters}: lower them, or raise MAX_ITER"
-        )
-
-
-def check_training(cfg):
-    """Refuses settings of the solver that contradict each other or have no meaning.
-
-    Raises:
-        ValueError: naming the key, its value and what to set.
-    """
-    gs = cfg.SOLVER.GS
-    if gs.ACCUMULATION_STEPS < 1:
-        raise ValueError(f"SOLVER.GS.ACCUMULATION_STEPS must be at least 1, got {gs.ACCUMULATION_STEPS}")
-    if gs.OPTIMIZER not in ("sgd", "adamw"):
-        raise ValueError(f"SOLVER.GS.OPTIMIZER must be sgd or adamw, got {gs.OPTIMIZER!r}")
-    if not 0 < gs.BACKBONE_MULTIPLIER < math.inf:
-        raise ValueError(f"SOLVER.GS.BACKBONE_MULTIPLIER must be positive, got {gs.BACKBONE_MULTIPLIER}")
-    if gs.NONFINITE_LOSS not in ("stop", "skip"):
-        raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
-    _check_schedule(cfg)
-    if cfg.TEST.GS.PERIODIC_IMAGES < 0:
-        raise ValueError(
-            f"TEST.GS.PERIODIC_IMAGES must be a number of images, or 0 for all, got {cfg.TEST.GS.PERIODIC_IMAGES}"
-        )
-    if not 0 <= gs.EMA_DECAY < 1:
-        raise ValueError(f"SOLVER.GS.EMA_DECAY must be at least 0 and below 1, got {gs.EMA_DECAY}")
-    if gs.EMA_DECAY > 0 and cfg.TEST.PRECISE_BN.ENABLED:
-        raise ValueError(
-            f"SOLVER.GS.EMA_DECAY {gs.EMA_DECAY} evaluates averaged weights, and TEST.PRECISE_BN.ENABLED computes the "
-            "statistics of those that are trained: set TEST.PRECISE_BN.ENABLED False"
-        )
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.GS.AUTOCAST_DTYPE == "bfloat16":
-        raise ValueError(
-            "SOLVER.AMP.ENABLED trains in float16 and MODEL.GS.AUTOCAST_DTYPE bfloat16 in bfloat16: "
-            'set SOLVER.AMP.ENABLED False, or MODEL.GS.AUTOCAST_DTYPE ""'
-        )
-    if cfg.MODEL.GS.AUTOCAST_DTYPE == "float16" and not cfg.SOLVER.AMP.ENABLED:
-        raise ValueError(
-            "MODEL.GS.AUTOCAST_DTYPE float16 trains without scaling the loss, so that small gradients vanish: "
-            "set SOLVER.AMP.ENABLED True as well on a GPU, or MODEL.GS.AUTOCAST_DTYPE bfloat16"
-        )
-    if cfg.MODEL.GS.AUTOCAST_DTYPE and cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
-        raise ValueError(
-            "MODEL.GS.AUTOCAST_DTYPE does nothing in GroupSamplingRetinaNet: "
-            'set it "" and, on a GPU, SOLVER.AMP.ENABLED True'
-        )
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-        raise ValueError(
-            "SOLVER.AMP.ENABLED needs a GPU, and MODEL.DEVICE is cpu: "
-            "set SOLVER.AMP.ENABLED False and, if wanted, MODEL.GS.AUTOCAST_DTYPE bfloat16"
-        )
-
-
-def _check_proposals(cfg):
-    """Refuses counts of proposals by which the second stage's group sampling would come to nothing.
-
-    Raises:
-        ValueError: naming the keys, their values and what to set.
-    """
-    gs, num_samples = cfg.MODEL.GS, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
-    num_scales = len(gs.ROI.GROUP_SCALES)
-    for phase in ("TRAIN", "TEST"):
-        per_scale, limit = gs[f"GROUP_POST_NMS_TOPK_{phase}"], cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"]
-        if per_scale * num_scales > limit:
-            raise ValueError(
-                f"MODEL.GS.GROUP_POST_NMS_TOPK_{phase} {per_scale} of each of {num_scales} reference scales is more "
-                f"than MODEL.RPN.POST_NMS_TOPK_{phase} {limit}, which keeps those of the highest scores, seldom small "
-                f"ones: set it to {per_scale * num_scales}"
-            )
-    grouped = cfg.MODEL.ROI_HEADS.NAME in _GROUPED_HEADS and gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none"
-    if grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE {num_samples} samples of each reference scale are all of its "
-            f"MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN {gs.GROUP_POST_NMS_TOPK_TRAIN} proposals, so that every sampler takes "
-            "the same: lower the first (the configs have 128), or raise the second (1000)"
-        )
-
-
-def _trains_on_coco(cfg) -> bool:
-    return any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
-
-
-def check_config(cfg):
-    """Refuses Detectron2 defaults that silently break group sampling, and contradictory test settings.
-
-    Raises:
-        ValueError: naming every such key, its value and what to set. MODEL.GS.CHECK_DEFAULTS False allows the defaults.
-    """
-    if cfg.TEST.GS.PYRAMID:
-        check_pyramid(cfg)
-    if not cfg.MODEL.GS.CHECK_DEFAULTS:
-        return
-    broken = []
-    two_stage = cfg.MODEL.META_ARCHITECTURE in TWO_STAGES
-    if two_stage:
-        _check_proposals(cfg)
-    of_stages = _BREAKING_TWO_STAGE if two_stage else _BREAKING_SINGLE_STAGE
-    for key, default, reason in _BREAKING_DEFAULTS + of_stages:
-        if key in _RIGHT_FOR_COCO and _trains_on_coco(cfg):
-            continue
-        if key in _READ_BY_GROUPED_HEADS and cfg.MODEL.ROI_HEADS.NAME not in _GROUPED_HEADS:
-            continue
-        if key not in _READ_BY_RETINANET and cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
-            continue
-        value = cfg
-        for name in key.split("."):
-            value = value[name]
-        if (list(value) if isinstance(value, (list, tuple)) else value) == default:
-            broken.append(f"  {key} is Detectron2's default {default}: {reason}")
-    if broken:
-        raise ValueError(
-            "This config keeps Detectron2 defaults that break group sampling:\n"
-            + "\n".join(broken)
-            + "\nStart from configs/Base-WIDER.yaml, for COCO from configs/Base-COCO.yaml, or set "
-            "MODEL.GS.CHECK_DEFAULTS False to keep them on purpose."
-        )
+        return getattr(checks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

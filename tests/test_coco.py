@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2 import engine
-from gs_d2.config import add_gs_config, check_config, detection_limits
+from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import CocoDatasetMapper, FaceDatasetMapper, dataset_mapper_of
 from gs_d2.engine import Trainer
 from gs_d2.evaluation import CocoRecallEvaluator
@@ -182,7 +182,6 @@ def test_short_side_crop_takes_its_place_at_random():
 )
 def test_limits_of_detections(name, expected):
     cfg = toy_cfg(name)
-    assert detection_limits(cfg) == expected
     setting = engine.test_setting(cfg)
     assert (setting["NMS IoU"], setting["boxes per image"]) == expected
     if name == "retinanet":

@@ -3,6 +3,7 @@
 import ast
 import functools
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from detectron2.utils.events import EventStorage
 
 import gs_d2.data
 import gs_d2.modeling  # noqa: F401
-from gs_d2.config import add_gs_config, check_config
+from gs_d2.config import add_gs_config, check_config, load_config
 from gs_d2.engine import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,7 @@ def test_holds_differences_only(name):
 @pytest.mark.parametrize("name", YAML_FILES)
 def test_keeps_no_breaking_default(name):
     cfg = load(name)
-    assert cfg.MODEL.GS.CHECK_DEFAULTS, "no config of ours needs to opt out"
+    assert cfg.MODEL.GS.KEEP_DEFAULTS == [], "no config of ours needs to opt out"
     check_config(cfg)
 
 
@@ -122,9 +123,56 @@ def test_a_breaking_default_is_named(key, default):
     with pytest.raises(ValueError, match=f"{key} is Detectron2's default ") as error:
         check_config(cfg)
     assert str(error.value).count("is Detectron2's default") == 1
-    assert "configs/Base-WIDER.yaml" in str(error.value) and "MODEL.GS.CHECK_DEFAULTS False" in str(error.value)
-    cfg.MODEL.GS.CHECK_DEFAULTS = False
+    assert "configs/Base-WIDER.yaml" in str(error.value)
+    command = shlex.split(str(error.value).rpartition("on purpose: ")[2])
+    assert command == ["MODEL.GS.KEEP_DEFAULTS", f"['{key}']"]
+    cfg.merge_from_list(command)
     check_config(cfg)
+    cfg.merge_from_list(["TEST.DETECTIONS_PER_IMAGE", 100, "MODEL.RPN.PRE_NMS_TOPK_TEST", 6000])
+    with pytest.raises(ValueError) as error:
+        check_config(cfg)
+    assert f"{key} is Detectron2's" not in str(error.value), "the others are refused all the same"
+    cfg.merge_from_list(shlex.split(str(error.value).rpartition("on purpose: ")[2]))
+    check_config(cfg)
+
+
+@pytest.mark.parametrize("name", ["Base-WIDER.yaml", "wider_gs.yaml"])
+def test_what_has_no_meaning_at_test_is_refused_in_training_only(name):
+    keys = {
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 256,
+        "MODEL.RPN.POSITIVE_FRACTION": 0.5,
+        "MODEL.RPN.IOU_THRESHOLDS": [0.3, 0.7],
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 12000,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 2000,
+    }
+    for key, default in keys.items():
+        cfg = load(name)
+        cfg.merge_from_list([key, default])
+        check_config(cfg, training=False)
+        if name == "wider_gs.yaml" or "_TRAIN" not in key:
+            with pytest.raises(ValueError, match=key):
+                check_config(cfg)
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100
+    with pytest.raises(ValueError, match=r"TEST\.DETECTIONS_PER_IMAGE is Detectron2's default 100"):
+        check_config(cfg, training=False)
+
+
+def test_kept_keys_exist():
+    cfg = load("Base-WIDER.yaml")
+    cfg.MODEL.GS.KEEP_DEFAULTS = ["MODEL.RPN.BATCH_SIZE"]
+    with pytest.raises(ValueError, match=r"KEEP_DEFAULTS names 'MODEL\.RPN\.BATCH_SIZE', which is no key"):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_old_switch_of_this_check_says_what_to_write(tmp_path, value):
+    message = r"CHECK_DEFAULTS was renamed to MODEL\.GS\.KEEP_DEFAULTS.*instead of False list the keys"
+    (tmp_path / "old.yaml").write_text(f"VERSION: 2\nMODEL:\n  GS:\n    CHECK_DEFAULTS: {value}\n")
+    with pytest.raises(ValueError, match=rf"old\.yaml: .*{message}"):
+        load_config(tmp_path / "old.yaml")
+    for cfg in (default_cfg(), load_config(CONFIGS / "Base-WIDER.yaml"), load_config(load("Base-WIDER.yaml"))):
+        with pytest.raises(KeyError, match=message):
+            cfg.merge_from_list(["MODEL.GS.CHECK_DEFAULTS", value])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Rule:
         may: what is importable: a Python module with everything below it, or a pattern of C++ headers. The standard
             library of either language always is.
         never: regular expressions that must not be found in the code, comments and strings apart.
-        cfg: the functions that may touch a name `cfg` (Python): "builders" are from_config and registered functions.
+        cfg: the functions that may touch a name `cfg` (Python): "builders" are BUILDERS and registered functions.
     """
 
     files: tuple[str, ...]
@@ -35,6 +35,8 @@ class Rule:
     cfg: str = "nowhere"
 
 
+# from_config, and what a detector says of itself (gs_d2.modeling.description.Description).
+BUILDERS = ("from_config", "test_settings", "breaking_defaults", "contradictions", "unread_keys")
 TORCH_OPS_DIRECTLY = r"\btorch\s*\.\s*ops\s*\.\s*gs_d2\b"
 MESSAGES_WITH_PATHS = r"\bSTD_TORCH_CHECK"  # errors.h has a check without
 DETECTRON2_MODELING = (
@@ -62,9 +64,11 @@ RULES = {
     ),
     "config": Rule(
         files=("gs_d2/config.py",),
-        may=("yaml", "detectron2.config", "gs_d2.compat", "gs_d2.data", "gs_d2.modeling"),  # the last two to register
+        # data and modeling to register them, the checks when they are asked for
+        may=("yaml", "detectron2.config", "gs_d2.compat", "gs_d2.data", "gs_d2.modeling", "gs_d2.engine.checks"),
         cfg="anywhere",
     ),
+    "unread keys": Rule(files=("gs_d2/unread_keys.py",), may=()),
     "checkpoint": Rule(
         files=("gs_d2/checkpoint.py",),
         may=(
@@ -86,7 +90,7 @@ RULES = {
     ),
     "networks alone": Rule(  # detectors that differ in their network, and have nothing of their own to say of sampling
         files=("gs_d2/modeling/pipelines/retinaface.py", "gs_d2/modeling/pipelines/ssd.py"),
-        may=("torch", "fvcore.nn", "gs_d2.modeling.rpn_heads", *DETECTRON2_MODELING),
+        may=("torch", "fvcore.nn", "gs_d2.modeling.rpn_heads", "gs_d2.unread_keys", *DETECTRON2_MODELING),
         never=(r"(?i)sampl|match|group|loss|iou|nms",),
         cfg="builders",
     ),
@@ -103,6 +107,11 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
+    "description": Rule(  # knows no detector
+        files=("gs_d2/modeling/description.py",),
+        may=("detectron2.modeling.META_ARCH_REGISTRY",),
+        cfg="builders",
+    ),
     "modeling": Rule(
         files=("gs_d2/modeling/*.py",),
         may=(
@@ -113,6 +122,7 @@ RULES = {
             "gs_d2.modeling",
             "gs_d2.ops",
             "gs_d2.sampling",
+            "gs_d2.unread_keys",
             *DETECTRON2_MODELING,
         ),
         never=(TORCH_OPS_DIRECTLY,),
@@ -251,6 +261,18 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
     ),
+    "checks": Rule(
+        files=("gs_d2/engine/checks.py",),
+        may=(
+            "detectron2.config.get_cfg",
+            "gs_d2.config.add_gs_config",
+            "gs_d2.config.check_pyramid",
+            "gs_d2.engine.schedule.FLAT_DECAY",
+            "gs_d2.modeling.description_of",
+            "gs_d2.unread_keys",
+        ),
+        cfg="anywhere",
+    ),
     "engine": Rule(  # puts the others together, for training
         files=("gs_d2/engine/*.py",),
         may=(
@@ -336,6 +358,7 @@ VIOLATIONS = [
     ("collect_env", "gs_d2/collect_env.py", "import gs_d2.modeling", "gs_d2.modeling"),
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.engine", "gs_d2.engine"),
+    ("unread keys", "gs_d2/unread_keys.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
     ("checkpoint", "gs_d2/checkpoint.py", "from gs_d2.config import load_config", "gs_d2.config.load_config"),
     ("checkpoint", "gs_d2/checkpoint.py", "def f(cfg):\n    return cfg.OUTPUT_DIR", "cfg"),
     ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),
@@ -357,6 +380,13 @@ VIOLATIONS = [
     ("networks alone", "gs_d2/modeling/pipelines/ssd.py", "x = cfg.MODEL", "cfg"),
     ("networks alone", "gs_d2/modeling/pipelines/ssd.py", "from gs_d2.modeling import rpn", "gs_d2.modeling.rpn"),
     ("networks alone", "gs_d2/modeling/pipelines/retinaface.py", "x = self.GroupSampler()", "Group"),
+    (
+        "description",
+        "gs_d2/modeling/description.py",
+        "from gs_d2.modeling.meta_arch import RPNDetector",
+        "gs_d2.modeling.meta_arch.RPNDetector",
+    ),
+    ("description", "gs_d2/modeling/description.py", "def ask(detector, cfg):\n    pass", "cfg"),
     ("modeling", "gs_d2/modeling/anchors.py", "def __init__(self, cfg):\n    self.x = 1", "cfg"),
     ("modeling", "gs_d2/modeling/rpn.py", "class A:\n    def f(self):\n        return self.cfg.MODEL", "cfg"),
     ("modeling", "gs_d2/modeling/backbone.py", "def build_x(cfg):\n    return cfg.MODEL", "cfg"),
@@ -402,6 +432,7 @@ VIOLATIONS = [
     ),
     ("engine without cfg", "gs_d2/engine/train_data.py", "def build(cfg):\n    pass", "cfg"),
     ("optimizer", "gs_d2/engine/optimizer.py", "from detectron2 import data", "detectron2.data"),
+    ("checks", "gs_d2/engine/checks.py", "from gs_d2.modeling import RPNDetector", "gs_d2.modeling.RPNDetector"),
     ("engine", "gs_d2/engine/trainer.py", "from gs_d2 import ops", "gs_d2.ops"),
     ("engine", "gs_d2/engine/__init__.py", "from gs_d2 import visualization", "gs_d2.visualization"),
     ("export", "gs_d2/inference/export.py", "import onnx", "onnx"),
@@ -441,6 +472,10 @@ ALLOWED = [
     (
         "gs_d2/modeling/rpn.py",
         "class A:\n    @classmethod\n    def from_config(cls, cfg, shape):\n        x = cfg.MODEL",
+    ),
+    (
+        "gs_d2/modeling/retinanet.py",
+        "class A:\n    @classmethod\n    def test_settings(cls, cfg):\n        x = cfg.MODEL",
     ),
     ("gs_d2/modeling/backbone.py", "@BACKBONE_REGISTRY.register()\ndef build_x(cfg, shape):\n    return cfg.MODEL"),
     ("gs_d2/modeling/rpn.py", "from gs_d2 import ops  # not torch.ops.gs_d2\nops.box_iou(a, b)"),
@@ -523,7 +558,7 @@ def cfg_outside_builders(tree, where) -> list[int]:
     def visit(node):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and where == "builders":
             registered = any(dotted(getattr(d, "func", d)).endswith("REGISTRY.register") for d in node.decorator_list)
-            if node.name == "from_config" or registered:
+            if node.name in BUILDERS or registered:
                 return
         name = getattr(node, "id", getattr(node, "arg", getattr(node, "attr", None)))
         if isinstance(node, (ast.Name, ast.arg, ast.Attribute)) and name == "cfg":
@@ -586,6 +621,36 @@ def test_every_rule_is_shown_to_bite_and_has_files(name):
     if "cuda" in name.lower() and not (ROOT / "csrc/cuda").exists():
         pytest.skip("the CUDA kernels are not part of this checkout")
     assert any(rule_of(path) == name for path in source_files())
+
+
+def names_of_detectors() -> dict[str, str]:
+    """Of every class that this project registers as a meta-architecture, and Detectron2's own: the file that has it."""
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    import gs_d2.modeling  # noqa: F401
+
+    return {name: detector.__module__.replace(".", "/") + ".py" for name, detector in META_ARCH_REGISTRY}
+
+
+def strings_of_code(tree) -> set[str]:
+    """The words of all strings but docstrings and those of a raised message."""
+    left_out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise):
+            left_out |= {id(x) for x in ast.walk(node)}
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            left_out.add(id(node.value))
+    constants = (x for x in ast.walk(tree) if isinstance(x, ast.Constant) and id(x) not in left_out)
+    return {word for x in constants if isinstance(x.value, str) for word in re.findall(r"\w+", x.value)}
+
+
+@pytest.mark.parametrize("path", [path for path in source_files() if path.endswith(".py")])
+def test_no_file_knows_a_detectors_name(path):
+    """But its own: others ask the class that is registered."""
+    names = {name for name, file in names_of_detectors().items() if file != path}
+    assert {"RPNDetector", "GroupedFastRCNN", "GroupSamplingRetinaNet", "GeneralizedRCNN"} & names
+    exported = path.endswith("__init__.py")  # __all__
+    assert exported or not names & strings_of_code(ast.parse(text_of(path)))
 
 
 def test_the_project_does_not_depend_on_its_scripts():

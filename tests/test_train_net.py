@@ -275,6 +275,18 @@ def test_cuda_without_a_gpu(monkeypatch, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_eval_only_minds_no_setting_of_training(monkeypatch, tmp_path):
+    """256 samples a group are refused in training, and at test come as far as the missing weights."""
+    command = ("--config-file", str(ROOT / CONFIG))
+    opts = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "256", "OUTPUT_DIR", str(tmp_path / "x"))
+    with pytest.raises(SystemExit, match=r"BATCH_SIZE_PER_IMAGE is Detectron2's default 256"):
+        run_here(monkeypatch, *command, *opts)
+    with pytest.raises(SystemExit, match="--eval-only needs weights"):
+        run_here(monkeypatch, *command, "--eval-only", *opts)
+    with pytest.raises(SystemExit, match=r"MODEL\.RPN\.CONV_DIMS \[64\]: the head has the channels"):
+        run_here(monkeypatch, *command, "--eval-only", *opts, "MODEL.RPN.CONV_DIMS", "[64]")
+
+
 def test_eval_only_without_weights(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"--eval-only needs weights: add MODEL\.WEIGHTS path/to/model_final\.pth"):
         run_here(monkeypatch, "--config-file", str(ROOT / CONFIG), "--eval-only", "OUTPUT_DIR", str(tmp_path / "x"))

@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.config import check_config, load_config  # isort: skip
+from gs_d2.config import load_config  # isort: skip
+from gs_d2.engine.checks import check_config  # isort: skip
 from gs_d2.evaluation.report import format_table  # isort: skip
 
 
@@ -84,18 +85,15 @@ def prepare(configs, values, seeds, output, opts=(), num_gpus=1) -> list[dict]:
         )
     runs = []
     for config, name in zip(configs, names, strict=True):
-        check_config(load_config(config, opts))
+        base = load_config(config, opts)
+        kept = sorted({*base.MODEL.GS.KEEP_DEFAULTS, NUM_SAMPLES})  # N = 256 is Detectron2's default
         for num_samples in values:
             for seed in seeds:
                 folder = Path(output).resolve() / name / f"n{num_samples}_seed{seed}"
                 # A single evaluation, at the end: its results then say that the run is finished.
                 own = [NUM_SAMPLES, num_samples, "SEED", seed, "OUTPUT_DIR", folder, "TEST.EVAL_PERIOD", 0]
-                overrides = [*opts, *map(str, own)]
-                cfg = load_config(config, overrides)
-                try:
-                    check_config(cfg)
-                except ValueError:  # Detectron2's default of N, 256, is on purpose here
-                    overrides += ["MODEL.GS.CHECK_DEFAULTS", "False"]
+                overrides = [*opts, *map(str, own), "MODEL.GS.KEEP_DEFAULTS", str(kept)]
+                check_config(load_config(config, overrides))
                 runs.append(
                     {
                         "title": f"{name}, N = {num_samples}, seed {seed}",
@@ -103,7 +101,7 @@ def prepare(configs, values, seeds, output, opts=(), num_gpus=1) -> list[dict]:
                             *(sys.executable, str(ROOT / "train_net.py"), "--resume", "--num-gpus", str(num_gpus)),
                             *("--config-file", str(Path(config).resolve()), *overrides),
                         ],
-                        "results": folder / "inference" / cfg.DATASETS.TEST[-1] / "results.json",
+                        "results": folder / "inference" / base.DATASETS.TEST[-1] / "results.json",
                     }
                 )
     return runs

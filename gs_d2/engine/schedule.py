@@ -2,6 +2,8 @@
 
 from fvcore.common.param_scheduler import ParamScheduler
 
+FLAT_DECAY = "WarmupFlatDecayLR"  # SOLVER.LR_SCHEDULER_NAME
+
 
 class FlatThenDecay(ParamScheduler):
     """Factor of the base rate: warm-up, then 1, and over the last `decay_iters` iterations a line towards 0.

@@ -13,12 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.nn.parallel import DistributedDataParallel
 
-import gs_d2.modeling  # noqa: F401  (registers the detectors)
 from gs_d2.checkpoint import Checkpointer
-from gs_d2.config import FLAT_DECAY, TWO_STAGES, check_training, detection_limits
 from gs_d2.data import build_test_loader, build_training_views, register_subset
+from gs_d2.engine.checks import check_training
 from gs_d2.engine.optimizer import build_optimizer
-from gs_d2.engine.schedule import FlatThenDecay
+from gs_d2.engine.schedule import FLAT_DECAY, FlatThenDecay
 from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
 from gs_d2.engine.watchdog import DetectionWatch, TrainingWatch
@@ -30,6 +29,7 @@ from gs_d2.evaluation import (
     WiderFaceEvaluator,
 )
 from gs_d2.inference import PyramidDetector
+from gs_d2.modeling import description_of
 
 EVALUATORS = {"face_eval": FaceEvalEvaluator, "fddb": FDDBEvaluator, "wider_face": WiderFaceEvaluator}
 
@@ -47,7 +47,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         """
         Raises:
-            ValueError: settings of the solver that contradict each other (:func:`gs_d2.config.check_training`).
+            ValueError: settings of the solver that contradict each other (:func:`gs_d2.engine.checks.check_training`).
         """
         TrainerBase.__init__(self)  # DefaultTrainer's own gives DDP a GPU and takes no other trainer of steps
         for name in ("detectron2", "gs_d2"):
@@ -181,7 +181,7 @@ class Trainer(DefaultTrainer):
         setting = {**({"images": subset_of} if subset_of else {}), **test_setting(cfg)}
         if evaluator_type in EVALUATORS:
             return EVALUATORS[evaluator_type](dataset_name, output_folder, setting=setting)
-        if evaluator_type == "coco" and cfg.MODEL.META_ARCHITECTURE == "RPNDetector":  # it knows no classes
+        if evaluator_type == "coco" and description_of(cfg.MODEL.META_ARCHITECTURE).class_agnostic:
             return CocoRecallEvaluator(dataset_name, output_folder, setting=setting)
         if evaluator_type == "coco":
             evaluator = CocoSubsetEvaluator if subset_of else COCOEvaluator
@@ -283,8 +283,7 @@ def periodic_config(cfg):
 
 def test_setting(cfg):
     """What a figure depends on besides the weights; printed beside it."""
-    gs = cfg.TEST.GS
-    nms_thresh, max_detections = detection_limits(cfg)
+    gs, detector = cfg.TEST.GS, description_of(cfg.MODEL.META_ARCHITECTURE).test_settings(cfg)
     size = "original"
     pyramid = {}
     if gs.PYRAMID:
@@ -292,19 +291,11 @@ def test_setting(cfg):
         pyramid = {"flip": gs.FLIP, "box voting": gs.BOX_VOTING, "level box size": list(gs.LEVEL_BOX_SIZE) or "all"}
     elif cfg.INPUT.MIN_SIZE_TEST > 0:
         size = f"short side {cfg.INPUT.MIN_SIZE_TEST}, long side <= {cfg.INPUT.MAX_SIZE_TEST}"
-    score_thresh, before_nms = gs.SCORE_THRESH, cfg.MODEL.RPN.PRE_NMS_TOPK_TEST
-    if cfg.MODEL.META_ARCHITECTURE == "GroupSamplingRetinaNet":
-        score_thresh = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
-        before_nms = f"{cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST} of each feature map"
-    if cfg.MODEL.META_ARCHITECTURE in TWO_STAGES:  # its RPN's own NMS is of proposals
-        per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
-        before_nms = f"{cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals"
-        before_nms += f", {per_scale} per reference scale" if per_scale else ""
     return {
         "test size": size,
         **pyramid,
-        "score threshold": score_thresh,
-        "boxes before NMS" + (" per level" if gs.PYRAMID else ""): before_nms,
-        "NMS IoU": nms_thresh,
-        "boxes per image": max_detections,
+        "score threshold": detector.score_thresh,
+        "boxes before NMS" + (" per level" if gs.PYRAMID else ""): detector.before_nms,
+        "NMS IoU": detector.nms_thresh,
+        "boxes per image": detector.max_detections,
     }

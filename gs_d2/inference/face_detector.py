@@ -10,12 +10,12 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
-import gs_d2.modeling  # noqa: F401  (registers the detectors, also for a config that another process has made)
 from gs_d2 import model_zoo
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import load_config
 from gs_d2.formats.images import as_rgb
 from gs_d2.inference.pyramid import PyramidDetector
+from gs_d2.modeling import description_of
 
 
 class FaceDetector:
@@ -63,6 +63,8 @@ class FaceDetector:
         cfg = load_config(cfg, opts)
         cfg.TEST.GS.SCORE_THRESH = float(confidence_threshold)
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = float(confidence_threshold)  # what RetinaNet has for it
+        of_model = description_of(cfg.MODEL.META_ARCHITECTURE).test_settings(cfg).score_thresh
+        self._threshold = None if of_model == confidence_threshold else float(confidence_threshold)
         cfg.MODEL.DEVICE = _device(device, cfg.MODEL.DEVICE)
         weights = os.fspath(weights or cfg.MODEL.WEIGHTS)
         if not weights:
@@ -112,6 +114,8 @@ class FaceDetector:
             batch.append({"image": pixels, "height": image.height, "width": image.width})
         results = self.model(batch) if batch else []
         faces = [result["instances"].to("cpu") for result in results]
+        if self._threshold is not None:  # a detector that reads neither key
+            faces = [x[x.scores >= self._threshold] for x in faces]
         return [(x.pred_boxes.tensor.float().numpy(), x.scores.float().numpy()) for x in faces]
 
 

@@ -2,9 +2,10 @@
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
-from gs_d2.modeling import pipelines  # noqa: F401  (registers the detectors of Table 6)
+from gs_d2.modeling import generalized_rcnn, pipelines  # noqa: F401  (describes Detectron2's; registers Table 6's)
 from gs_d2.modeling.anchors import ScaleStrideAnchorGenerator
 from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone, build_resnet_topdown_p6_backbone
+from gs_d2.modeling.description import BreakingDefault, DetectionSettings, description_of
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.matcher import TwoPassMatcher
 from gs_d2.modeling.meta_arch import GroupedFastRCNN, RPNDetector
@@ -16,6 +17,8 @@ from gs_d2.modeling.timm_backbone import TimmBackbone, build_timm_topdown_backbo
 from gs_d2.sampling import GroupSampler, group_by_scale
 
 __all__ = [
+    "BreakingDefault",
+    "DetectionSettings",
     "DilatedRPNHead",
     "GroupLoss",
     "GroupSampler",
@@ -33,5 +36,6 @@ __all__ = [
     "build_resnet_topdown_backbone",
     "build_resnet_topdown_p6_backbone",
     "build_timm_topdown_backbone",
+    "description_of",
     "group_by_scale",
 ]

@@ -5,12 +5,61 @@ import math
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_proposal_generator, build_roi_heads
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    Backbone,
+    build_backbone,
+    build_proposal_generator,
+    build_roi_heads,
+)
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN_HEAD_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from gs_d2.modeling.description import OTHER_SAMPLES, TOO_FEW_DETECTIONS, BreakingDefault, DetectionSettings
 from gs_d2.modeling.nms import select_detections
+from gs_d2.modeling.roi_heads import GroupedHeads
+from gs_d2.unread_keys import OF_ROI_HEADS, OF_RPN_DETECTORS
+
+_OF_FIRST_STAGE = [
+    TOO_FEW_DETECTIONS,
+    BreakingDefault(
+        "MODEL.RPN.PRE_NMS_TOPK_TEST", 6000, "over all scales together it starves small faces; the paper keeps 50000"
+    ),
+    BreakingDefault(
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        1000,
+        "it caps detections before TEST.DETECTIONS_PER_IMAGE does",
+        right_for_coco=True,
+    ),
+    BreakingDefault(
+        "MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]", training_only=True
+    ),
+    *OTHER_SAMPLES,
+]
+_NMS_OF_PROPOSALS = BreakingDefault(
+    "MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5", right_for_coco=True
+)
+_OF_SECOND_STAGE = [
+    BreakingDefault(
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+        12000,
+        "over all scales together it starves small proposals, and the second stage of samples; use 50000 as at test",
+        training_only=True,
+    ),
+    BreakingDefault(
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+        2000,
+        "the second stage samples from these; use 4000, 1000 of each scale",
+        training_only=True,
+    ),
+    BreakingDefault("MODEL.ROI_HEADS.NUM_CLASSES", 80, "these are COCO's; faces are 1 class", right_for_coco=True),
+]
+_ONE_THRESHOLD = BreakingDefault(
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.5], "two-pass matching needs [low, high]; the paper uses [0.5, 0.6]"
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -26,7 +75,10 @@ class RPNDetector(nn.Module):
     Attributes:
         by_scale (bool): at test also return `instances_by_scale`; False until somebody sets it, as `Trainer.test` does
             for WIDER FACE. It costs one NMS more for each anchor scale.
+        class_agnostic (bool): True, see :class:`gs_d2.modeling.description.Description`.
     """
+
+    class_agnostic = True
 
     @configurable
     def __init__(
@@ -68,16 +120,39 @@ class RPNDetector(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
-        backbone = build_backbone(cfg)
+        backbone, settings = build_backbone(cfg), cls.test_settings(cfg)
         return {
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "max_detections": min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
-            "nms_thresh": cfg.MODEL.RPN.NMS_THRESH,
+            "max_detections": settings.max_detections,
+            "nms_thresh": settings.nms_thresh,
             "channels_last": cfg.MODEL.GS.CHANNELS_LAST,
             "autocast_dtype": cfg.MODEL.GS.AUTOCAST_DTYPE,
+        }
+
+    @classmethod
+    def test_settings(cls, cfg):
+        rpn = cfg.MODEL.RPN
+        return DetectionSettings(
+            score_thresh=cfg.TEST.GS.SCORE_THRESH,
+            before_nms=rpn.PRE_NMS_TOPK_TEST,
+            nms_thresh=rpn.NMS_THRESH,
+            max_detections=min(rpn.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+        )
+
+    @classmethod
+    def breaking_defaults(cls, cfg):
+        return [*_OF_FIRST_STAGE, _NMS_OF_PROPOSALS]
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        return {
+            **OF_RPN_DETECTORS,
+            **OF_ROI_HEADS,
+            **_unread_by(PROPOSAL_GENERATOR_REGISTRY, cfg.MODEL.PROPOSAL_GENERATOR.NAME),
+            **_unread_by(RPN_HEAD_REGISTRY, cfg.MODEL.RPN.HEAD_NAME),
         }
 
     @property
@@ -207,6 +282,8 @@ class GroupedFastRCNN(RPNDetector):
     `nms_thresh` is of the second's detections, within each class. On a pyramid each level runs both stages.
     """
 
+    class_agnostic = False
+
     @configurable
     def __init__(self, *, roi_heads: nn.Module, **detector):
         """
@@ -224,9 +301,50 @@ class GroupedFastRCNN(RPNDetector):
         return {
             **detector,
             "roi_heads": build_roi_heads(cfg, detector["backbone"].output_shape()),
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "nms_thresh": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
         }
+
+    @classmethod
+    def test_settings(cls, cfg):
+        per_scale = cfg.MODEL.GS.GROUP_POST_NMS_TOPK_TEST
+        proposals = f"{cfg.MODEL.RPN.POST_NMS_TOPK_TEST} proposals"
+        return DetectionSettings(
+            score_thresh=cfg.TEST.GS.SCORE_THRESH,
+            before_nms=proposals + (f", {per_scale} per reference scale" if per_scale else ""),
+            nms_thresh=cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,  # the RPN's own NMS is of proposals
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+
+    @classmethod
+    def breaking_defaults(cls, cfg):
+        of_heads = [_ONE_THRESHOLD] if has_grouped_heads(cfg.MODEL.ROI_HEADS.NAME) else []
+        return [*_OF_FIRST_STAGE, *_OF_SECOND_STAGE, *of_heads]
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        of_first_stage = {key: hint for key, hint in super().unread_keys(cfg).items() if key not in OF_ROI_HEADS}
+        return {**of_first_stage, **_unread_by(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)}
+
+    @classmethod
+    def contradictions(cls, cfg, training):
+        """Counts of proposals by which the second stage's group sampling would come to nothing."""
+        gs, num_samples, found = cfg.MODEL.GS, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, []
+        num_scales = len(gs.ROI.GROUP_SCALES)
+        for phase in ("TRAIN", "TEST") if training else ("TEST",):
+            per_scale, limit = gs[f"GROUP_POST_NMS_TOPK_{phase}"], cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"]
+            if per_scale * num_scales > limit:
+                found.append(
+                    f"MODEL.GS.GROUP_POST_NMS_TOPK_{phase} {per_scale} of each of {num_scales} reference scales is "
+                    f"more than MODEL.RPN.POST_NMS_TOPK_{phase} {limit}, which keeps those of the highest scores, "
+                    f"seldom small ones: set it to {per_scale * num_scales}"
+                )
+        grouped = gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none" and has_grouped_heads(cfg.MODEL.ROI_HEADS.NAME)
+        if training and grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:
+            found.append(
+                f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE {num_samples} samples of each reference scale are all of its "
+                f"MODEL.GS.GROUP_POST_NMS_TOPK_TRAIN {gs.GROUP_POST_NMS_TOPK_TRAIN} proposals, so that every sampler "
+                "takes the same: lower the first (the configs have 128), or raise the second (1000)"
+            )
+        return found
 
     @property
     def num_classes(self) -> int:
@@ -245,6 +363,17 @@ class GroupedFastRCNN(RPNDetector):
             x.group_scales = x.anchor_scales
             x.remove("anchor_scales")
         return candidates
+
+
+def has_grouped_heads(name: str) -> bool:
+    """Whether the ROI heads of that name are of this project: matched in two passes, sampled by reference scale."""
+    heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
+    return isinstance(heads, type) and issubclass(heads, GroupedHeads)
+
+
+def _unread_by(registry, name: str) -> dict[str, str]:
+    """What the part of that name says that it does not read; {} of a part of somebody else's that says nothing."""
+    return getattr(registry.get(name), "unread_keys", {}) if name in registry else {}
 
 
 def _check_part(detector: nn.Module, key: str, part: nn.Module | None, method: str):

@@ -13,9 +13,11 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from gs_d2.modeling.description import OTHER_SAMPLES, TOO_FEW_DETECTIONS, DetectionSettings
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.rpn_heads import DilatedRPNHead
+from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_HEADS
 
 
 @META_ARCH_REGISTRY.register()
@@ -41,11 +43,17 @@ class GroupSamplingRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg):
-        retinanet, keys, gs = super().from_config(cfg), cfg.MODEL.RETINANET, cfg.MODEL.GS
+        keys, gs, settings = cfg.MODEL.RETINANET, cfg.MODEL.GS, cls.test_settings(cfg)
         if gs.ANCHOR_STRIDES:
             raise ValueError(
                 "GroupSamplingRetinaNet has every anchor at its map's own stride: set MODEL.GS.ANCHOR_STRIDES []"
             )
+        if gs.AUTOCAST_DTYPE:
+            raise ValueError(
+                "MODEL.GS.AUTOCAST_DTYPE does nothing in GroupSamplingRetinaNet: "
+                'set it "" and, on a GPU, SOLVER.AMP.ENABLED True'
+            )
+        retinanet = super().from_config(cfg)
         if gs.RETINANET_DILATED_HEAD:
             shapes = retinanet["backbone"].output_shape()
             arguments = DilatedRPNHead.from_config(cfg, [shapes[name] for name in keys.IN_FEATURES])
@@ -55,6 +63,9 @@ class GroupSamplingRetinaNet(RetinaNet):
         anchor_scales = sorted({float(size) for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in sizes})
         return {
             **retinanet,
+            "test_score_thresh": settings.score_thresh,
+            "test_nms_thresh": settings.nms_thresh,
+            "max_detections_per_image": settings.max_detections,
             "group_loss": GroupLoss.from_config(
                 cfg,
                 gs,
@@ -67,6 +78,31 @@ class GroupSamplingRetinaNet(RetinaNet):
                 box_reg_loss_type=keys.BBOX_REG_LOSS_TYPE,
                 smooth_l1_beta=keys.SMOOTH_L1_LOSS_BETA,
             ),
+        }
+
+    @classmethod
+    def test_settings(cls, cfg):
+        keys = cfg.MODEL.RETINANET
+        return DetectionSettings(
+            score_thresh=keys.SCORE_THRESH_TEST,
+            before_nms=f"{keys.TOPK_CANDIDATES_TEST} of each feature map",
+            nms_thresh=keys.NMS_THRESH_TEST,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+
+    @classmethod
+    def breaking_defaults(cls, cfg):
+        return [TOO_FEW_DETECTIONS, *OTHER_SAMPLES]
+
+    @classmethod
+    def unread_keys(cls, cfg):
+        return {
+            **OF_DETECTORS,
+            **OF_RPN,
+            **OF_RPN_HEADS,
+            **OF_ROI_HEADS,
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "use MODEL.RETINANET.SCORE_THRESH_TEST",
+            "MODEL.GS.CHANNELS_LAST": "its feature maps keep PyTorch's own memory order",
         }
 
     def forward(self, batched_inputs: list[dict]):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.score_ensemble import ENSEMBLES, class_logits
+from gs_d2.unread_keys import OF_ROI_HEADS
 
 
 class GroupedHeads(nn.Module):
@@ -28,6 +29,8 @@ class GroupedHeads(nn.Module):
     Detectron2's ROI heads. Samplers that go by the loss score all proposals once without gradient, and train on those
     drawn.
     """
+
+    unread_keys = OF_ROI_HEADS
 
     @configurable
     def __init__(

@@ -16,6 +16,7 @@ from gs_d2.modeling.decoding import best_boxes
 from gs_d2.modeling.group_loss import GroupLoss
 from gs_d2.modeling.nms import top_nms, top_nms_of_groups
 from gs_d2.sampling import group_by_scale
+from gs_d2.unread_keys import OF_RPN
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -25,6 +26,8 @@ class GroupSamplingRPN(torch.nn.Module):
     In place of Detectron2's ``RPN`` (``MODEL.PROPOSAL_GENERATOR.NAME: "GroupSamplingRPN"``): same call and return, so
     that it also goes into Detectron2's own ``GeneralizedRCNN`` and ``ProposalNetwork``.
     """
+
+    unread_keys = OF_RPN
 
     @configurable
     def __init__(

@@ -10,10 +10,14 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
 
+from gs_d2.unread_keys import OF_RPN_HEADS
+
 
 @RPN_HEAD_REGISTRY.register()
 class SoftmaxRPNHead(nn.Module):
     """One shared 3x3 convolution and ReLU, then 1x1 convolutions to two logits and four deltas per anchor."""
+
+    unread_keys = OF_RPN_HEADS
 
     @configurable
     def __init__(self, *, in_channels: int, num_anchors: int):
@@ -51,6 +55,8 @@ class DilatedRPNHead(nn.Module):
     ... from the smallest scale on, ReLU, and 1x1 convolutions. The layout is ours: Fig. 5's is not in the text.
     Scales of one octave, as RetinaNet has them, share a branch. :class:`GroupSamplingRetinaNet` can use it too.
     """
+
+    unread_keys = OF_RPN_HEADS
 
     @configurable
     def __init__(self, *, in_channels: int, num_scales: int, anchors_per_scale: int, num_logits: int = 2):
@@ -103,6 +109,8 @@ class DilatedRPNHead(nn.Module):
 @RPN_HEAD_REGISTRY.register()
 class PerMapRPNHead(nn.Module):
     """For every feature map 1x1 convolutions of its own to two logits and four deltas per anchor, as SSD and YOLOv3."""
+
+    unread_keys = OF_RPN_HEADS
 
     @configurable
     def __init__(self, *, in_channels: list[int], num_anchors: list[int]):

@@ -10,7 +10,7 @@ from small_detector import DIVISIBILITY, SCALES, build, build_two_stage, image
 from torchvision.ops import nms
 
 from gs_d2 import engine
-from gs_d2.config import add_gs_config, detection_limits
+from gs_d2.config import add_gs_config
 from gs_d2.inference import PyramidDetector
 from gs_d2.modeling import GroupedFastRCNN
 
@@ -231,8 +231,8 @@ def test_it_is_what_the_config_builds():
     cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 150, 100
     for architecture, limits in (("GroupedFastRCNN", (0.5, 150)), ("RPNDetector", (0.7, 100))):
         cfg.MODEL.META_ARCHITECTURE = architecture
-        model = build_model(cfg)
-        assert (model.nms_thresh, model.max_detections) == detection_limits(cfg) == limits
+        model, setting = build_model(cfg), engine.test_setting(cfg)
+        assert (model.nms_thresh, model.max_detections) == (setting["NMS IoU"], setting["boxes per image"]) == limits
     cfg.MODEL.META_ARCHITECTURE = "GroupedFastRCNN"
     cfg.MODEL.GS.ROI.GROUP_SAMPLING = False
     assert build_model(cfg).roi_heads.group_loss.sampler.num_groups == 1

@@ -13,8 +13,8 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from gs_d2 import ops
-from gs_d2.config import add_gs_config, check_config, detection_limits
+from gs_d2 import engine, ops
+from gs_d2.config import add_gs_config, check_config, load_config
 from gs_d2.modeling import GroupSampler, TwoPassMatcher, group_by_scale
 
 SCALES = faster_rcnn.SCALES
@@ -141,9 +141,11 @@ def with_our_parts(proposal_generator, roi_heads, meta_architecture="Generalized
         cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE, cfg.MODEL.ROI_HEADS.IN_FEATURES = "PSROIPool", ["p2"]
     cfg.merge_from_list(
         "MODEL.RPN.PRE_NMS_TOPK_TRAIN 1000 MODEL.RPN.POST_NMS_TOPK_TRAIN 300 MODEL.RPN.POST_NMS_TOPK_TEST 300 "
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.GS.SCORE_THRESH 0.0 TEST.DETECTIONS_PER_IMAGE 40 "
+        "TEST.GS.SCORE_THRESH 0.0 TEST.DETECTIONS_PER_IMAGE 40 "
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True MODEL.ROI_HEADS.NUM_CLASSES 2".split()
     )
+    if roi_heads not in OURS:
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     return cfg
 
 
@@ -209,7 +211,10 @@ def test_the_check_of_configs_knows_detectron2s_generalized_rcnn(roi_heads):
     )
     assert cfg.MODEL.RPN.NMS_THRESH == 0.7
     check_config(cfg)
-    assert detection_limits(cfg) == (0.5, 40)
+    setting = engine.test_setting(cfg)
+    assert (setting["NMS IoU"], setting["boxes per image"]) == (0.5, 40)
+    threshold = "TEST.GS.SCORE_THRESH" if roi_heads == "GroupedROIHeads" else "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+    assert engine.test_setting(load_config(cfg, [threshold, 0.3]))["score threshold"] == 0.3
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 2000
     with pytest.raises(ValueError, match=r"MODEL\.RPN\.POST_NMS_TOPK_TRAIN is Detectron2's default 2000"):
         check_config(cfg)

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from gs_d2.config import add_gs_config
 from gs_d2.data import load_wider_face
-from gs_d2.modeling import DilatedRPNHead, GroupSampler
+from gs_d2.modeling import DilatedRPNHead, GroupSampler, description_of
 from gs_d2.modeling.rpn_heads import num_octaves
 from gs_d2.ops import reference
 
@@ -22,11 +22,16 @@ SMALL = f"""
 """.split()
 
 
-def build(name="retinanet_focal", *opts):
+def load(name, *opts):
     cfg = get_cfg()
     add_gs_config(cfg)
     cfg.merge_from_file(f"configs/coco/{name}.yaml")
     cfg.merge_from_list([*SMALL, *opts])
+    return cfg
+
+
+def build(name="retinanet_focal", *opts):
+    cfg = load(name, *opts)
     torch.manual_seed(0)
     return build_model(cfg)
 
@@ -87,6 +92,24 @@ def test_detections_are_detectron2s():
         torch.testing.assert_close(found.scores, expected.scores)
         order = [x.pred_boxes.tensor[:, 0].argsort(stable=True) for x in (found, expected)]
         torch.testing.assert_close(found.pred_boxes.tensor[order[0]], expected.pred_boxes.tensor[order[1]])
+
+
+def test_it_is_tested_as_it_says():
+    opts = "MODEL.RETINANET.SCORE_THRESH_TEST 0.3 MODEL.RETINANET.NMS_THRESH_TEST 0.4 TEST.DETECTIONS_PER_IMAGE 7"
+    opts += " MODEL.RETINANET.TOPK_CANDIDATES_TEST 9"
+    model, cfg = build("retinanet_focal", *opts.split()), load("retinanet_focal", *opts.split())
+    description = description_of(cfg.MODEL.META_ARCHITECTURE)
+    settings = description.test_settings(cfg)
+    assert settings == (0.3, "9 of each feature map", 0.4, 7) and not description.class_agnostic
+    assert settings.score_thresh == model.test_score_thresh and model.test_topk_candidates == 9
+    assert (settings.nms_thresh, settings.max_detections) == (model.test_nms_thresh, model.max_detections_per_image)
+
+
+def test_what_it_does_not_read_is_refused():
+    with pytest.raises(ValueError, match=r"AUTOCAST_DTYPE does nothing in GroupSamplingRetinaNet: set it"):
+        build("retinanet_focal", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16")
+    with pytest.raises(ValueError, match=r"own stride: set MODEL\.GS\.ANCHOR_STRIDES"):
+        build("retinanet_focal", "MODEL.GS.ANCHOR_STRIDES", [[8]])
 
 
 def test_detections_are_ranked_by_logits():

@@ -13,6 +13,7 @@ from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
 
 from gs_d2.modeling.rpn_heads import SoftmaxRPNHead, init_predictors
+from gs_d2.unread_keys import OF_RPN_HEADS
 
 
 class TopConv(nn.Module):
@@ -82,6 +83,8 @@ class ContextModule(nn.Module):
 @RPN_HEAD_REGISTRY.register()
 class RetinaFaceHead(nn.Module):
     """A context module for every map, then 1x1 convolutions, the same for all maps, to logits and box deltas."""
+
+    unread_keys = OF_RPN_HEADS
 
     @configurable
     def __init__(self, *, in_channels: int, num_anchors: int, num_maps: int):
