@@ -105,6 +105,8 @@ def run_wider_face(args: argparse.Namespace) -> WiderResult:
     predictions = read_wider_predictions(args.predictions, ground_truth.image_ids)
     result = evaluate_wider_face(ground_truth, predictions.detections)
     result = dataclasses.replace(result, num_unknown=predictions.num_unknown)  # these files were not read
+    if args.submission:
+        write_wider_predictions(predictions.detections, args.submission)
     present(result, {}, args.output, name=args.name, others=others)
     print_missing(result.missing, result.num_images, result.num_unknown)
     if result.num_empty:
@@ -113,8 +115,6 @@ def run_wider_face(args: argparse.Namespace) -> WiderResult:
     if absent:
         names = ", ".join(f"wider_{name}_val.mat" for name in absent)
         print(f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no {names}")
-    if args.submission:
-        write_wider_predictions(predictions.detections, args.submission)
     return result
 
 

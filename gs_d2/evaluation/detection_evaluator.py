@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +99,13 @@ class DetectionEvaluator(DatasetEvaluator):
         rank = {image_id: i for i, image_id in enumerate(image_ids)}
         return dict(sorted(kept.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
 
-    def _present(self, result: Result, headline: str) -> None:
-        """Logs the result below a headline, and writes it where there is an output_dir."""
-        present(result, self._setting, self._output_dir, show=lambda text: _logger.info(f"{headline}\n{text}"))
+    def _present(self, result: Result, headline: str, write_detections: Callable[[Path], None] | None = None) -> None:
+        """Logs the result below a headline, and writes detections and result where there is an output_dir."""
+
+        def show(text):
+            _logger.info(f"{headline}\n{text}")
+
+        present(result, self._setting, self._output_dir, show=show, write_detections=write_detections)
 
 
 def rows_of(instances, image_id: str) -> np.ndarray:

@@ -51,8 +51,11 @@ class FaceEvalEvaluator(DetectionEvaluator):
         self._warn_of_others(annotations.boxes, kept)
         detections = self._in_order(annotations.boxes, kept)
         result = evaluate_face_eval(annotations, detections, y_shift=self._y_shift)
-        self._present(result, f"{result.title} AP of {self._dataset_name}")
+        self._present(
+            result,
+            f"{result.title} AP of {self._dataset_name}",
+            lambda folder: write_detections(detections, folder / "detections.txt"),
+        )
         if self._output_dir is not None:
-            write_detections(detections, self._output_dir / "detections.txt")
             _logger.info(f"detections.txt, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")
         return OrderedDict({benchmark: result.metrics()})

@@ -47,8 +47,11 @@ class FDDBEvaluator(DetectionEvaluator):
         detections = {image_id: rows for image_id, (rows, _) in kept.items()}
         sizes = {image_id: size for image_id, (_, size) in kept.items() if size}
         result = evaluate_fddb(annotations, detections, sizes, fit_ellipses=self._fit_ellipses)
-        self._present(result, f"FDDB true positive rates of {self._dataset_name}")
+        self._present(
+            result,
+            f"FDDB true positive rates of {self._dataset_name}",
+            lambda folder: write_detections(detections, folder / "detections.txt"),
+        )
         if self._output_dir is not None:
-            write_detections(detections, self._output_dir / "detections.txt")
             _logger.info(f"detections.txt, results.json, roc_curves.npz and roc_curve.png are in {self._output_dir}")
         return OrderedDict({"fddb": result.metrics()})

@@ -47,6 +47,7 @@ def present(
     output: str | os.PathLike | None = None,
     *,
     show: Callable[[str], None] = print,
+    write_detections: Callable[[Path], None] | None = None,
     **curves,
 ) -> None:
     """Shows a result, and writes it: the one way for the evaluators and for tools/evaluate.py.
@@ -56,14 +57,19 @@ def present(
         setting: name -> value of what the metrics depend on; the protocol's own is added.
         output: folder for results.json, the curves and their picture, made where missing. None: nothing is written.
         show: is given the table, the setting and the notes as one text, before anything is written.
+        write_detections: writes the detections into the folder, before the rest: they took the longest.
         curves: arguments of the result's `write_curves`.
     """
     setting = {**setting, **result.setting()}
     lines = [result.table(), *([format_setting(setting)] if setting else []), *result.notes()]
     show("\n".join(lines))
     if output is not None:
-        write_summary(result, setting, Path(output, "results.json"))
-        result.write_curves(Path(output), **curves)
+        output = Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        if write_detections is not None:
+            write_detections(output)
+        write_summary(result, setting, output / "results.json")
+        result.write_curves(output, **curves)
 
 
 def write_summary(result: Result, setting: Mapping, path: str | os.PathLike) -> None:

@@ -60,9 +60,12 @@ class WiderFaceEvaluator(DetectionEvaluator):
             return self._write_submission(detections)
         by_scale = self._evaluate_scales(ground_truth, {image_id: scales for image_id, (_, scales) in kept.items()})
         result = dataclasses.replace(evaluate_wider_face(ground_truth, detections), by_scale=by_scale)
-        self._present(result, f"WIDER FACE AP of {self._dataset_name}")
+        self._present(
+            result,
+            f"WIDER FACE AP of {self._dataset_name}",
+            lambda folder: write_wider_predictions(detections, folder / "predictions"),
+        )
         if self._output_dir is not None:
-            write_wider_predictions(detections, self._output_dir / "predictions")
             _logger.info(f"Predictions, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")
         return OrderedDict({"wider_face": result.metrics()})
 
