@@ -11,38 +11,23 @@ fractions.
 """
 
 import argparse
-import json
+import dataclasses
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from gs_d2.evaluation import face_eval, fddb
-from gs_d2.evaluation.curves import (
-    load_curves,
-    plot_pr_curves,
-    read_official_curves,
-    save_curves,
-    write_face_eval_curves,
-    write_fddb_curves,
-)
+from gs_d2.evaluation.curves import load_curves
+from gs_d2.evaluation.face_eval import FaceEvalResult, evaluate_face_eval
+from gs_d2.evaluation.fddb import FddbResult, evaluate_fddb
 from gs_d2.evaluation.fddb_regions import image_sizes_of
-from gs_d2.evaluation.prediction_files import read_wider_predictions, write_wider_predictions
-from gs_d2.evaluation.report import (
-    face_eval_setting,
-    face_eval_summary,
-    fddb_setting,
-    fddb_summary,
-    format_face_eval_table,
-    format_fddb_table,
-    format_setting,
-    format_wider_table,
-    score_note_of,
-    wider_summary,
-)
-from gs_d2.evaluation.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, evaluate_wider_face
-from gs_d2.formats.face_eval import read_annotations
-from gs_d2.formats.fddb import read_annotations as read_ellipses
+from gs_d2.evaluation.precision_recall import PrecisionRecallCurve
+from gs_d2.evaluation.report import present, write_summary
+from gs_d2.evaluation.wider_face import WiderResult, evaluate_wider_face
+from gs_d2.formats import face_eval, fddb
+from gs_d2.formats.wider_curves import read_official_curves
+from gs_d2.formats.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth
+from gs_d2.formats.wider_predictions import read_wider_predictions, write_wider_predictions
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -53,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", required=True, type=Path, metavar="PATH", help="the detections")
     parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write results.json, curves (npz) and a picture")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, fractions 0..1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics as JSON, fractions 0..1")
     parser.add_argument("--name", default="gs_d2", help="of the method, in the picture (default: %(default)s)")
     wider = parser.add_argument_group("wider_face")
     wider.add_argument(
@@ -87,15 +72,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one line on stderr that says what is wrong with the input."""
     args = parse_args(argv)
-    evaluate = {"wider_face": wider_face, "fddb": run_fddb}.get(args.benchmark, run_face_eval)
+    evaluate = {"wider_face": run_wider_face, "fddb": run_fddb}.get(args.benchmark, run_face_eval)
     try:
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
-        figures = evaluate(args)
-        for path in [args.json] + ([args.output / "results.json"] if args.output else []):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+        result = evaluate(args)
+        if args.json:
+            write_summary(result, {}, args.json)
     except ImportError as error:
         print(f"error: {error}; install it: pip install {error.name}", file=sys.stderr)
         return 2
@@ -116,81 +99,61 @@ def print_missing(missing: list[str], num_images: int, num_unknown: int, what: s
         print(f"{num_unknown} {what} belong to no image of the ground truth")
 
 
-def wider_face(args: argparse.Namespace) -> dict:
+def run_wider_face(args: argparse.Namespace) -> WiderResult:
     ground_truth = WiderGroundTruth.from_mat_files(args.ground_truth)
     others = other_methods(args.compare)
     predictions = read_wider_predictions(args.predictions, ground_truth.image_ids)
     result = evaluate_wider_face(ground_truth, predictions.detections)
-    print(format_wider_table(result))
-    print_missing(predictions.missing, len(ground_truth.image_ids), predictions.num_unknown)
-    if predictions.empty:
-        print(f"{len(predictions.empty)} files are without detections")
+    result = dataclasses.replace(result, num_unknown=predictions.num_unknown)  # these files were not read
+    if args.submission:
+        write_wider_predictions(predictions.detections, args.submission)
+    present(result, {}, args.output, name=args.name, others=others)
+    print_missing(result.missing, result.num_images, result.num_unknown)
+    if result.num_empty:
+        print(f"{result.num_empty} files are without detections")
     absent = [name for name in OFFICIAL_SUBSETS if name not in result.curves]
     if absent:
         names = ", ".join(f"wider_{name}_val.mat" for name in absent)
         print(f"WARNING: no {', '.join(absent)}: {args.ground_truth} has no {names}")
-    if args.submission:
-        write_wider_predictions(predictions.detections, args.submission)
-    if args.output:
-        save_curves(result.curves, args.output / "pr_curves.npz")
-        plot_pr_curves({args.name: result.curves} | others, args.output / "pr_curve.png")
-    return wider_summary(result) | {
-        "num_images": len(ground_truth.image_ids),
-        "num_missing": len(predictions.missing),
-        "num_empty": len(predictions.empty),
-        "num_unknown": predictions.num_unknown,
-    }
+    return result
 
 
-def other_methods(sources: list[str]) -> dict:
+def other_methods(sources: list[str]) -> dict[str, dict[str, PrecisionRecallCurve]]:
     methods = {}
     for source in sources:
         name, is_named, path = source.partition("=")
-        methods |= {name: load_curves(path)} if is_named else read_official_curves(source)
+        if is_named:
+            methods[name] = load_curves(path)
+            continue
+        for method, curves in read_official_curves(source).items():
+            methods[method] = {subset: PrecisionRecallCurve(*curve) for subset, curve in curves.items()}
     return methods
 
 
-def run_fddb(args: argparse.Namespace) -> dict:
-    annotations = read_ellipses(args.ground_truth)
+def run_fddb(args: argparse.Namespace) -> FddbResult:
+    annotations = fddb.read_annotations(args.ground_truth)
     detections = fddb.read_detections(args.predictions)
-    if args.fit_ellipses:
-        detections = {image: fddb.ellipses_from_rectangles(rows) for image, rows in detections.items()}
     sizes = image_sizes_of(args.images, list(annotations)) if args.images else {}
     if args.images and not sizes:
         raise ValueError(f"{args.images}: has no image of FDDB; need files like {next(iter(annotations))}.jpg")
-    result = fddb.evaluate_fddb(annotations, detections, sizes)
-    if len(result.missing) == len(annotations):
+    result = evaluate_fddb(annotations, detections, sizes, fit_ellipses=args.fit_ellipses)
+    if len(result.missing) == result.num_images:
         raise ValueError(f"{args.predictions}: no image of {args.ground_truth} in it; need names as in the lists")
-    print(format_fddb_table(result))
-    print(format_setting(fddb_setting(args.fit_ellipses, len(sizes), len(annotations))))
-    print(score_note_of(detections))
-    print(f"{result.num_faces} faces")
-    print_missing(result.missing, len(annotations), result.num_unknown, "images of the detections")
-    if args.output:
-        write_fddb_curves(result, args.output, args.name)
-    return fddb_summary(result, len(annotations))
+    present(result, {}, args.output, name=args.name)
+    print_missing(result.missing, result.num_images, result.num_unknown, "images of the detections")
+    return result
 
 
-def run_face_eval(args: argparse.Namespace) -> dict:
-    annotations = read_annotations(args.ground_truth, args.benchmark)
+def run_face_eval(args: argparse.Namespace) -> FaceEvalResult:
+    annotations = face_eval.read_annotations(args.ground_truth, args.benchmark)
     detections = face_eval.read_detections(args.predictions)
-    result = face_eval.evaluate_face_eval(annotations, detections, y_shift=args.y_shift)
-    if len(result.missing) == len(annotations.boxes) and result.num_unknown:
+    result = evaluate_face_eval(annotations, detections, y_shift=args.y_shift)
+    if len(result.missing) == result.num_images and result.num_unknown:
         example = next(iter(annotations.boxes))
         raise ValueError(f"{args.predictions}: no image of {args.benchmark} in it; need names like {example}")
-    print(format_face_eval_table(result, args.benchmark))
-    print(format_setting(face_eval_setting(result, args.y_shift)))
-    print(score_note_of(detections))
-    print(f"{result.num_detections} detections evaluated, {result.num_small} dropped as too small")
-    print_missing(
-        result.missing,
-        len(annotations.boxes),
-        result.num_unknown,
-        "images (all their detections count as false)",
-    )
-    if args.output:
-        write_face_eval_curves(result, args.benchmark, args.output, args.name)
-    return face_eval_summary(result, len(annotations.boxes), args.y_shift)
+    present(result, {}, args.output, name=args.name)
+    print_missing(result.missing, result.num_images, result.num_unknown, "images (all their detections count as false)")
+    return result
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from gs_d2 import ops
 from gs_d2.visualization import FALSE_ALARM, HIT, IGNORED, MISS, beside, draw
 
 import gs_d2.data  # noqa: F401  isort: skip  (registers the data sets)
-from gs_d2.evaluation import face_eval, fddb, read_wider_predictions  # isort: skip
-from gs_d2.formats.fddb import bounding_boxes  # isort: skip
+from gs_d2.formats import face_eval, fddb  # isort: skip
 from gs_d2.formats.images import as_rgb  # isort: skip
+from gs_d2.formats.wider_predictions import read_wider_predictions  # isort: skip
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -78,7 +78,7 @@ def read_detections(dataset, path, image_ids):
 def corners_of(regions):
     """`x1 y1 x2 y2` of rectangles `x y w h`, or around ellipses of five numbers."""
     if regions.shape[1] == 5:
-        return bounding_boxes(regions)
+        return fddb.bounding_boxes(regions)
     return np.concatenate([regions[:, :2], regions[:, :2] + regions[:, 2:]], axis=1)
 
 

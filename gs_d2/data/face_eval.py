@@ -19,10 +19,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import check_images, where_it_belongs
-from gs_d2.formats.face_eval import read_annotations
+from gs_d2.formats.face_eval import TITLES, read_annotations
 
 _IMAGE_FOLDERS = {"afw": "testimages", "pascal_face": "images"}
-_TITLES = {"afw": "AFW", "pascal_face": "PASCAL faces"}
 
 
 def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
@@ -46,7 +45,7 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
     """
     folder = _IMAGE_FOLDERS.get(benchmark, "images")
     layout = f"{benchmark}/annotations and {benchmark}/{folder}"
-    hint = where_it_belongs(_TITLES.get(benchmark, benchmark), layout)
+    hint = where_it_belongs(TITLES.get(benchmark, benchmark), layout)
     try:
         faces = read_annotations(annotations, benchmark)
     except FileNotFoundError as error:

@@ -7,15 +7,15 @@ when one of them is first asked for.
 from importlib import import_module
 
 _EXPORTS = {
-    "CocoRecallEvaluator": "coco_recall_evaluator",
-    "CocoSubsetEvaluator": "coco_subset_evaluator",
-    "FDDBEvaluator": "fddb_evaluator",
-    "FaceEvalEvaluator": "face_eval_evaluator",
-    "WiderFaceEvaluator": "wider_face_evaluator",
-    "WiderGroundTruth": "wider_face",
-    "evaluate_wider_face": "wider_face",
-    "read_wider_predictions": "prediction_files",
-    "write_wider_predictions": "prediction_files",
+    "CocoRecallEvaluator": "gs_d2.evaluation.coco_recall_evaluator",
+    "CocoSubsetEvaluator": "gs_d2.evaluation.coco_subset_evaluator",
+    "FDDBEvaluator": "gs_d2.evaluation.fddb_evaluator",
+    "FaceEvalEvaluator": "gs_d2.evaluation.face_eval_evaluator",
+    "WiderFaceEvaluator": "gs_d2.evaluation.wider_face_evaluator",
+    "WiderGroundTruth": "gs_d2.formats.wider_face",
+    "evaluate_wider_face": "gs_d2.evaluation.wider_face",
+    "read_wider_predictions": "gs_d2.formats.wider_predictions",
+    "write_wider_predictions": "gs_d2.formats.wider_predictions",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -23,7 +23,7 @@ __all__ = sorted(_EXPORTS)
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    return getattr(import_module(_EXPORTS[name]), name)
 
 
 def __dir__():

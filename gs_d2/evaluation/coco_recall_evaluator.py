@@ -2,8 +2,8 @@
 
 import contextlib
 import io
-import logging
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,11 +13,10 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .detection_evaluator import DetectionEvaluator, as_xywh, by_score
-from .report import format_setting
+from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, by_score
+from gs_d2.evaluation.report import Result, json_number
 
-_logger = logging.getLogger(__name__)
-_SIZES = {"all": "", "small": "s", "medium": "m", "large": "l"}  # of pycocotools, and in the names of figures
+_SIZES = {"all": "", "small": "s", "medium": "m", "large": "l"}  # of pycocotools, and in the names of metrics
 
 
 class CocoRecallEvaluator(DetectionEvaluator):
@@ -26,7 +25,7 @@ class CocoRecallEvaluator(DetectionEvaluator):
     pycocotools' COCOeval with useCats 0: all objects are one class, IoU thresholds 0.5:0.05:0.95, the best-scored
     detection takes the object it overlaps most, crowds neither count nor cost. Detectron2's COCOEvaluator has another,
     approximate rule for proposals: each object, best covered first, takes the detection that covers it best, whatever
-    its score. Its figures are close but not these.
+    its score. Its metrics are close but not these.
 
     `evaluate` gives {"box_proposals": {"AR@100", "ARs@100", "ARm@100", "ARl@100", "AR@1000", ...}} in percent, NaN
     where the data set has no object of a size.
@@ -43,16 +42,16 @@ class CocoRecallEvaluator(DetectionEvaluator):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._limits = [int(limit) for limit in limits]
 
-    def _record(self, image, rows, output):
+    def _keep(self, image, rows, output):
         return as_xywh(by_score(rows)[: self._limits[-1]])
 
-    def _evaluate(self, records):
+    def _evaluate(self, kept):
         with contextlib.redirect_stdout(io.StringIO()):
             metadata = MetadataCatalog.get(self._dataset_name)
             ground_truth = COCO(metadata.json_file)
             image_ids = metadata.get("image_ids") or ground_truth.getImgIds()
-            self._not_processed(image_ids, records)
-            evaluation = COCOeval(ground_truth, _as_coco(ground_truth, self._in_order(image_ids, records)), "bbox")
+            self._warn_of_others(image_ids, kept)
+            evaluation = COCOeval(ground_truth, _as_coco(ground_truth, self._in_order(image_ids, kept)), "bbox")
             evaluation.params.imgIds = image_ids
             evaluation.params.useCats = 0
             evaluation.params.maxDets = self._limits
@@ -60,25 +59,36 @@ class CocoRecallEvaluator(DetectionEvaluator):
             evaluation.accumulate()
         recalls = evaluation.eval["recall"][:, 0]  # [IoU threshold, size, limit]; -1 without any object
         sizes = evaluation.params.areaRngLbl
-        figures = OrderedDict()
+        metrics = {}
         for i, limit in enumerate(self._limits):
             for size, suffix in _SIZES.items():
                 values = recalls[:, sizes.index(size), i]
-                figures[f"AR{suffix}@{limit}"] = 100 * float(values.mean()) if (values > -1).all() else float("nan")
-
-        table = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
-        _logger.info(f"COCO average recall on {self._dataset_name}\n{table}\n{format_setting(self._setting)}")
-        if self._output_dir is not None:
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            self._write_summary(figures, self._setting)
-        return OrderedDict(box_proposals=dict(figures))
+                metrics[f"AR{suffix}@{limit}"] = 100 * float(values.mean()) if (values > -1).all() else float("nan")
+        self._present(CocoRecallResult(metrics), f"COCO average recall on {self._dataset_name}")
+        return OrderedDict(box_proposals=metrics)
 
 
-def _as_coco(ground_truth: COCO, records: dict[int, np.ndarray]) -> COCO:
+@dataclass(frozen=True)
+class CocoRecallResult(Result):
+    """Average recall by name, in percent in results.json too; it has no curves."""
+
+    recalls: dict[str, float]
+
+    def metrics(self):
+        return self.recalls
+
+    def table(self):
+        return "  ".join(f"{name} {value:.1f}" for name, value in self.recalls.items())
+
+    def summary(self):
+        return {name: json_number(value) for name, value in self.recalls.items()}
+
+
+def _as_coco(ground_truth: COCO, detections: dict[int, np.ndarray]) -> COCO:
     """Detections, rows (x, y, w, h, score) of each image, as loadRes of the COCO API makes them; there may be none."""
     category_id = ground_truth.getCatIds()[0]  # useCats 0 looks at the images' detections of all categories
     annotations = []
-    for image_id, rows in records.items():
+    for image_id, rows in detections.items():
         for x, y, w, h, score in rows.tolist():
             annotations.append(
                 {
@@ -91,8 +101,8 @@ def _as_coco(ground_truth: COCO, records: dict[int, np.ndarray]) -> COCO:
                     "score": score,
                 }
             )
-    detections = COCO()
-    detections.dataset = {key: ground_truth.dataset[key] for key in ("images", "categories")}
-    detections.dataset["annotations"] = annotations
-    detections.createIndex()
-    return detections
+    found = COCO()
+    found.dataset = {key: ground_truth.dataset[key] for key in ("images", "categories")}
+    found.dataset["annotations"] = annotations
+    found.createIndex()
+    return found

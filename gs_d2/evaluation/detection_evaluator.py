@@ -1,9 +1,8 @@
 """What the evaluators of all benchmarks share: detections taken image by image, gathered from all processes."""
 
-import json
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,19 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from gs_d2.evaluation.report import Result, present
+
 _logger = logging.getLogger(__name__)
 
 
 class DetectionEvaluator(DatasetEvaluator):
-    """A subclass says what is kept of an image (`_record`) and evaluates what all processes kept (`_evaluate`).
+    """A subclass says what is kept of an image (`_keep`) and evaluates what all processes kept (`_evaluate`).
 
     Args:
         dataset_name: a registered data set.
         output_dir: where all that is written goes. None: nothing is written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
-        setting: name -> value of what the figures depend on (test sizes, score threshold, NMS, most
+        setting: name -> value of what the metrics depend on (test sizes, score threshold, NMS, most
             detections an image), shown beside the table.
     """
 
@@ -42,7 +43,7 @@ class DetectionEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self):
-        self._records = {}
+        self._kept = {}
 
     def process(self, inputs, outputs):
         """Takes the detections of some images.
@@ -56,52 +57,55 @@ class DetectionEvaluator(DatasetEvaluator):
         """
         for image, output in zip(inputs, outputs, strict=True):
             rows = rows_of(output["instances"].to("cpu"), image["image_id"])
-            self._records[image["image_id"]] = self._record(image, rows, output)
+            self._kept[image["image_id"]] = self._keep(image, rows, output)
 
     def evaluate(self):
         """Evaluates what all processes have seen.
 
         Returns:
-            OrderedDict: {benchmark: {figure: percent}} on the main process; {} on the others.
+            OrderedDict: {benchmark: {metric: percent}} on the main process; {} on the others.
         """
-        parts = [self._records]
+        parts = [self._kept]
         if self._distributed:
             comm.synchronize()
-            parts = comm.gather(self._records, dst=0)
+            parts = comm.gather(self._kept, dst=0)
             if not comm.is_main_process():
                 return {}
-        return self._evaluate({image_id: record for part in parts for image_id, record in part.items()})
+        return self._evaluate({image_id: of_image for part in parts for image_id, of_image in part.items()})
 
-    def _record(self, image: dict, rows: np.ndarray, output: dict):
+    def _keep(self, image: dict, rows: np.ndarray, output: dict):
         """What is kept of an image; `rows` are :func:`rows_of` its `instances`."""
         raise NotImplementedError
 
-    def _evaluate(self, records: dict) -> OrderedDict:
-        """Evaluates image id -> record of the whole data set, on the main process."""
+    def _evaluate(self, kept: dict) -> OrderedDict:
+        """Evaluates image id -> what was kept of it, for the whole data set, on the main process."""
         raise NotImplementedError
 
-    def _not_processed(self, image_ids: Iterable[str], records: dict) -> list[str]:
-        """The images of the data set without record; warns of them, and of records of other images."""
+    def _warn_of_others(self, image_ids: Iterable[str], kept: dict) -> None:
+        """Warns of images of the data set that were not processed, and of images that are not in the data set."""
         image_ids = list(image_ids)
-        missing = [image_id for image_id in image_ids if image_id not in records]
+        missing = [image_id for image_id in image_ids if image_id not in kept]
         if missing:
             _logger.warning(
                 f"{len(missing)} of {len(image_ids)} images of {self._dataset_name} were not "
                 f"processed and count as without detections, the first is {missing[0]}"
             )
-        unknown = sorted(records.keys() - set(image_ids))
+        unknown = sorted(kept.keys() - set(image_ids))
         if unknown:
             _logger.warning(f"{len(unknown)} images are not in the ground truth, the first is {unknown[0]}")
-        return missing
 
-    def _in_order(self, image_ids: Iterable[str], records: dict) -> dict:
-        """The records in the order of the data set, so that ties are the same for any number of processes."""
+    def _in_order(self, image_ids: Iterable[str], kept: dict) -> dict:
+        """What was kept, in the order of the data set, so that ties are the same for any number of processes."""
         rank = {image_id: i for i, image_id in enumerate(image_ids)}
-        return dict(sorted(records.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
+        return dict(sorted(kept.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
 
-    def _write_summary(self, summary: dict, setting: dict) -> None:
-        text = json.dumps(summary | {"setting": setting}, indent=1, default=str)
-        (self._output_dir / "results.json").write_text(text + "\n")
+    def _present(self, result: Result, headline: str, write_detections: Callable[[Path], None] | None = None) -> None:
+        """Logs the result below a headline, and writes detections and result where there is an output_dir."""
+
+        def show(text):
+            _logger.info(f"{headline}\n{text}")
+
+        present(result, self._setting, self._output_dir, show=show, write_detections=write_detections)
 
 
 def rows_of(instances, image_id: str) -> np.ndarray:

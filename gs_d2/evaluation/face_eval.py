@@ -4,76 +4,24 @@ Shape shorthand in this module:
     N: detections of all images, sorted by score
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from gs_d2.formats.face_eval import MIN_FACE, FaceEvalAnnotations, image_name
-from gs_d2.formats.files import FileTree, parse_rows
-
-from .precision_recall import PrecisionRecallCurve, pixel_iou
-from .prediction_files import BOX_FORMAT, SCORE_FORMAT
-from .progress import track
+from gs_d2.evaluation.curves import plot_pr_curves, save_curves
+from gs_d2.evaluation.precision_recall import PrecisionRecallCurve, pixel_iou
+from gs_d2.evaluation.report import Result, Scores, format_table, json_number, percent
+from gs_d2.formats.face_eval import MIN_FACE, TITLES, FaceEvalAnnotations
 
 _MIN_DETECTION = int(np.sqrt(0.5 * MIN_FACE * MIN_FACE))  # 21; detections with both sides this small are dropped
 _IOU_THRESH = 0.5  # strict
 _NUM_REFINEMENTS = 5
 
 
-def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads lines `image score x1 y1 x2 y2`.
-
-    Args:
-        path: one file, or a folder or a zip whose `.txt` files are all read; an image may be in one only.
-
-    Returns:
-        image name -> ndarray[n, 5]: float64 `x1 y1 x2 y2 score`, in the order of the file.
-
-    Raises:
-        FileNotFoundError: if `path` does not exist.
-        ValueError: for a malformed line, or an image that is in two files (results of two detectors?).
-    """
-    images: dict[str, np.ndarray] = {}
-    with FileTree(path) as tree:
-        names = [n for n in tree.names if n.endswith(".txt")] if len(tree.names) > 1 else tree.names
-        if not names:
-            raise ValueError(f"{path}: no .txt file below it; need lines `image score x1 y1 x2 y2`")
-        for name in track(names, "reading detections"):
-            where, image_of_row, rows = tree.where(name), [], []
-            for number, line in enumerate(tree.read_text(name).split("\n"), 1):
-                image, _, numbers = line.strip().partition(" ")
-                rows.append(numbers)
-                if image:
-                    image_of_row.append(image_name(image))
-                    if not numbers.strip():
-                        raise ValueError(f"{where}, line {number}: need `image score x1 y1 x2 y2`")
-            values = parse_rows(rows, 1, 5, where)[:, [1, 2, 3, 4, 0]]
-            by_image: dict[str, list[int]] = {}
-            for i, image in enumerate(image_of_row):
-                by_image.setdefault(image, []).append(i)
-            for image, indices in by_image.items():
-                if image in images:
-                    raise ValueError(f"{where}: {image} is in another file too; give the results of one detector")
-                images[image] = values[indices]
-    return images
-
-
-def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes lines `image score x1 y1 x2 y2`, images and detections in the order given.
-
-    Args:
-        detections: image name -> ndarray[n, 5]: `x1 y1 x2 y2 score`.
-        path: the file.
-    """
-    with open(path, "w", encoding="utf-8") as file:
-        for image, rows in detections.items():
-            file.writelines(f"{image} {SCORE_FORMAT % row[4]} {BOX_FORMAT % tuple(row[:4])}\n" for row in rows)
-
-
 @dataclass(frozen=True)
-class FaceEvalResult:
+class FaceEvalResult(Result):
     """What the evaluation gives.
 
     Attributes:
@@ -84,6 +32,10 @@ class FaceEvalResult:
             scale.
         missing: annotated images without detections.
         num_unknown: images with detections that are not annotated: all of these are false alarms.
+        num_images: annotated images.
+        benchmark: `afw`, `pascal_face`, or the name of the user's own.
+        y_shift: by how much the tops of the boxes were lowered first.
+        scores: of all detections, the dropped ones included.
     """
 
     curve: PrecisionRecallCurve
@@ -93,6 +45,53 @@ class FaceEvalResult:
     refinement: tuple[float, float, float, float]
     missing: list[str]
     num_unknown: int
+    num_images: int
+    benchmark: str
+    y_shift: float
+    scores: Scores
+
+    @property
+    def title(self) -> str:
+        """The benchmark as a person calls it."""
+        return TITLES.get(self.benchmark, self.benchmark)
+
+    def metrics(self) -> dict[str, float]:
+        """AP in percent."""
+        return {"ap": 100 * self.curve.ap}
+
+    def table(self) -> str:
+        """AP in percent with the number of faces."""
+        return format_table([self.title, "AP"], [[f"{self.num_faces} faces", percent(self.curve.ap)]])
+
+    def setting(self) -> dict:
+        tx, ty, sx, sy = self.refinement
+        return {
+            "y-shift": f"{self.y_shift:g}",
+            "refinement shift": f"{tx:.4f} {ty:.4f}",
+            "refinement scale": f"{sx:.4f} {sy:.4f}",
+        }
+
+    def notes(self) -> list[str]:
+        dropped = f"{self.num_detections} detections evaluated, {self.num_small} dropped as too small"
+        return [self.scores.note(), dropped]
+
+    def summary(self) -> dict:
+        """AP as a fraction 0..1, null where nothing is annotated."""
+        return {
+            "ap": json_number(self.curve.ap),
+            "num_faces": self.num_faces,
+            "num_detections": self.num_detections,
+            "num_images": self.num_images,
+            "num_missing": len(self.missing),
+            "num_unknown": self.num_unknown,
+            "y_shift": self.y_shift,
+            "refinement": [json_number(value) for value in self.refinement],
+        }
+
+    def write_curves(self, folder: Path, name: str = "gs_d2") -> None:
+        """Writes pr_curves.npz and pr_curve.png."""
+        save_curves({self.benchmark: self.curve}, folder / "pr_curves.npz")
+        plot_pr_curves({name: {self.benchmark: self.curve}}, folder / "pr_curve.png", {self.benchmark: self.title})
 
 
 def evaluate_face_eval(
@@ -103,14 +102,14 @@ def evaluate_face_eval(
     A detection belongs to the face of highest IoU (boxes with "+1"; the last on ties, as in the tool) and
     needs an IoU above 0.5. One on an ignored face is dropped; a second one on a face is a false alarm. Five
     times, the boxes are matched, and then all are moved and scaled by the mean offset and size ratio of the
-    hits, which fits the detector's notion of a face to the annotators'. The figure is that of the fifth
-    matching.
+    hits, which fits the detector's notion of a face to the annotators'. The metric is that of the
+    fifth matching.
 
     Args:
         annotations: from `gs_d2.formats.face_eval.read_annotations`.
         detections: image -> ndarray[n, 5] `x1 y1 x2 y2 score`, in any order.
         y_shift: lowers the top of each box by this fraction of its height first. 0.2 is what some detectors
-            of WIDER FACE do, whose boxes reach higher. It changes the figure: say so beside it.
+            of WIDER FACE do, whose boxes reach higher. It changes the metric: say so beside it.
 
     Returns:
         FaceEvalResult: AP is 0 without detections, NaN if there is no face to be found.
@@ -146,6 +145,10 @@ def evaluate_face_eval(
         refinement=(*map(float, shift), *map(float, scale)),
         missing=[image for image in annotations.boxes if not len(detections.get(image, ()))],
         num_unknown=sum(image not in annotations.boxes for image in images),
+        num_images=len(annotations.boxes),
+        benchmark=annotations.benchmark,
+        y_shift=y_shift,
+        scores=Scores.of(detections),
     )
 
 

@@ -9,20 +9,10 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from gs_d2.formats.face_eval import FaceEvalAnnotations
-
-from .curves import write_face_eval_curves
-from .detection_evaluator import DetectionEvaluator, by_score
-from .face_eval import evaluate_face_eval, write_detections
-from .prediction_files import quantize_detections
-from .report import (
-    FACE_EVAL_TITLES,
-    face_eval_setting,
-    face_eval_summary,
-    format_face_eval_table,
-    format_setting,
-    score_note_of,
-)
+from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, by_score
+from gs_d2.evaluation.face_eval import evaluate_face_eval
+from gs_d2.formats.face_eval import FaceEvalAnnotations, write_detections
+from gs_d2.formats.files import quantize
 
 _logger = logging.getLogger(__name__)
 
@@ -34,11 +24,11 @@ class FaceEvalEvaluator(DetectionEvaluator):
 
     Args:
         dataset_name: a registered data set whose dicts have `image_id`, `gt_boxes` (n, 4) XYXY and `gt_ignore`
-            (n,); its metadata has `benchmark` (`afw` or `pascal_face`), else the figure has the data set's name.
+            (n,); its metadata has `benchmark` (`afw` or `pascal_face`), else the metric has the data set's name.
         output_dir: where detections.txt, results.json, pr_curves.npz and pr_curve.png go. None: nothing is
             written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
-        setting: name -> value of what the figures depend on, shown beside the table.
+        setting: name -> value of what the metrics depend on, shown beside the table.
         y_shift: lowers the top of each box by this fraction of its height before it is evaluated
             (`evaluate_face_eval`). detections.txt has the boxes as they were detected.
     """
@@ -47,28 +37,25 @@ class FaceEvalEvaluator(DetectionEvaluator):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._y_shift = y_shift
 
-    def _record(self, image, rows, output):
-        return by_score(quantize_detections(rows))
+    def _keep(self, image, rows, output):
+        return by_score(quantize(rows))
 
-    def _evaluate(self, records):
+    def _evaluate(self, kept):
         benchmark = MetadataCatalog.get(self._dataset_name).get("benchmark", self._dataset_name)
         dicts = DatasetCatalog.get(self._dataset_name)
         annotations = FaceEvalAnnotations(
             {d["image_id"]: d["gt_boxes"].astype(np.float64) for d in dicts},
             {d["image_id"]: d["gt_ignore"] for d in dicts},
+            benchmark,
         )
-        self._not_processed(annotations.boxes, records)
-        detections = self._in_order(annotations.boxes, records)
+        self._warn_of_others(annotations.boxes, kept)
+        detections = self._in_order(annotations.boxes, kept)
         result = evaluate_face_eval(annotations, detections, y_shift=self._y_shift)
-
-        setting = self._setting | face_eval_setting(result, self._y_shift)
-        lines = [format_face_eval_table(result, benchmark), format_setting(setting), score_note_of(detections)]
-        title = FACE_EVAL_TITLES.get(benchmark, benchmark)
-        _logger.info(f"{title} AP of {self._dataset_name}\n" + "\n".join(lines))
+        self._present(
+            result,
+            f"{result.title} AP of {self._dataset_name}",
+            lambda folder: write_detections(detections, folder / "detections.txt"),
+        )
         if self._output_dir is not None:
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            write_detections(detections, self._output_dir / "detections.txt")
-            self._write_summary(face_eval_summary(result, len(dicts), self._y_shift), setting)
-            write_face_eval_curves(result, benchmark, self._output_dir)
             _logger.info(f"detections.txt, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")
-        return OrderedDict({benchmark: {"ap": 100 * result.curve.ap}})
+        return OrderedDict({benchmark: result.metrics()})

@@ -4,61 +4,25 @@ Shape shorthand in this module:
     n: regions of one image, T: distinct scores of all detections, plus one
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from gs_d2.formats.fddb import read_region_lists
-from gs_d2.formats.files import FileTree
-
-from . import fddb_ellipse_fit
-from .fddb_regions import ellipse_spans, estimate_image_size, rectangle_spans
-from .prediction_files import BOX_FORMAT, SCORE_FORMAT
-from .progress import track
+from gs_d2.evaluation import fddb_ellipse_fit
+from gs_d2.evaluation.curves import plot_roc_curves
+from gs_d2.evaluation.fddb_regions import ellipse_spans, estimate_image_size, rectangle_spans
+from gs_d2.evaluation.report import Result, Scores, format_table, json_number, percent
+from gs_d2.formats.progress import track
 
 FALSE_POSITIVES = (100, 200, 500, 1000, 2000)
 
 _IOU_THRESH = 0.5  # strict
 
 
-def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads detections in FDDB's format: image name, number of detections, one detection a line.
-
-    Args:
-        path: one file, or a folder or a zip whose `.txt` files are all read (one a fold, or one an image).
-
-    Returns:
-        image name -> ndarray[n, 5], rectangles `x y w h score`, or ndarray[n, 6], ellipses `major_radius
-        minor_radius angle cx cy score`; all images alike.
-
-    Raises:
-        FileNotFoundError: if `path` does not exist.
-        ValueError: for a malformed file, an image given twice, or rectangles mixed with ellipses.
-    """
-    with FileTree(path) as tree:
-        names = [n for n in tree.names if n.endswith(".txt")] if len(tree.names) > 1 else tree.names
-        if not names:
-            raise ValueError(f"{path}: no .txt file below it; need detections in FDDB's format")
-        return read_region_lists(tree, track(names, "reading lists"), (5, 6))
-
-
-def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes one file in FDDB's format, images and detections in the order given.
-
-    Args:
-        detections: image name -> ndarray[n, 5]: rectangles `x y w h score`.
-        path: the file.
-    """
-    with open(path, "w", encoding="utf-8") as file:
-        for image, rows in detections.items():
-            lines = [image, str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
-            file.write("\n".join(lines) + "\n")
-
-
 @dataclass(frozen=True)
-class FddbResult:
+class FddbResult(Result):
     """Points of the ROC, from no detection to all of them.
 
     Attributes:
@@ -69,6 +33,9 @@ class FddbResult:
         num_detections: detections on annotated images.
         missing: annotated images for which there is no entry; their faces are missed.
         num_unknown: images with detections that are not annotated; not evaluated.
+        num_images: annotated images; of `num_sizes` of them the size is known.
+        fit_ellipses: whether the regions are ellipses fitted to rectangles.
+        scores: of all detections, those on images that are not annotated included.
     """
 
     false_positives: np.ndarray
@@ -79,17 +46,68 @@ class FddbResult:
     num_detections: int
     missing: list[str]
     num_unknown: int
+    num_images: int
+    num_sizes: int
+    fit_ellipses: bool
+    scores: Scores
 
     def rate_at(self, false_positives: int, *, continuous: bool = False) -> float:
         """The highest true positive rate that has at most so many false positives (the paper uses 200)."""
         rates = self.continuous if continuous else self.discrete
         return float(rates[self.false_positives <= false_positives].max())
 
+    def metrics(self) -> dict[str, float]:
+        """Rates in percent, "disc_tpr@<n>" and "cont_tpr@<n>" for each n of `FALSE_POSITIVES`."""
+        metrics = {f"disc_tpr@{count}": 100 * self.rate_at(count) for count in FALSE_POSITIVES}
+        return metrics | {f"cont_tpr@{count}": 100 * self.rate_at(count, continuous=True) for count in FALSE_POSITIVES}
+
+    def table(self) -> str:
+        """True positive rates in percent at each number of false positives."""
+        rows = [
+            [str(count), percent(self.rate_at(count)), percent(self.rate_at(count, continuous=True))]
+            for count in FALSE_POSITIVES
+        ]
+        return format_table(["FP at most", "discrete TPR", "continuous TPR"], rows)
+
+    def setting(self) -> dict:
+        sizes = f"of {self.num_sizes} of {self.num_images} images known"
+        return {
+            "regions": "fitted ellipses" if self.fit_ellipses else "as given",
+            "sizes": sizes if self.num_sizes == self.num_images else sizes + " and the others estimated",
+        }
+
+    def notes(self) -> list[str]:
+        return [self.scores.note(), f"{self.num_faces} faces"]
+
+    def summary(self) -> dict:
+        """Rates as fractions 0..1 by number of false positives, null where nothing is annotated."""
+        return {
+            "disc_tpr": {str(count): json_number(self.rate_at(count)) for count in FALSE_POSITIVES},
+            "cont_tpr": {str(count): json_number(self.rate_at(count, continuous=True)) for count in FALSE_POSITIVES},
+            "num_faces": self.num_faces,
+            "num_detections": self.num_detections,
+            "num_images": self.num_images,
+            "num_missing": len(self.missing),
+            "num_unknown": self.num_unknown,
+        }
+
+    def write_curves(self, folder: Path, name: str = "gs_d2") -> None:
+        """Writes roc_curves.npz and roc_curve.png."""
+        names = ("false_positives", "discrete", "continuous", "thresholds")
+        np.savez_compressed(folder / "roc_curves.npz", **{key: getattr(self, key) for key in names})
+        curves = {
+            "Discrete": (self.false_positives, self.discrete),
+            "Continuous": (self.false_positives, self.continuous),
+        }
+        plot_roc_curves({name: curves}, folder / "roc_curve.png")
+
 
 def evaluate_fddb(
     annotations: Mapping[str, np.ndarray],
     detections: Mapping[str, np.ndarray],
     image_sizes: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    fit_ellipses: bool = False,
 ) -> FddbResult:
     """Evaluates detections on FDDB (PROTOCOLS D.3).
 
@@ -99,21 +117,30 @@ def evaluate_fddb(
 
     Args:
         annotations: image -> ndarray[n, 5], see `gs_d2.formats.fddb.read_annotations`.
-        detections: image -> ndarray[n, 5] rectangles or ndarray[n, 6] ellipses, see `read_detections`.
+        detections: image -> ndarray[n, 5] rectangles or ndarray[n, 6] ellipses, see
+            `gs_d2.formats.fddb.read_detections`.
         image_sizes: image -> (width, height), see `image_sizes_of`; regions are clipped to the image. Where
             an image's size is not given it is estimated (`estimate_image_size`), which moves the rates by
             less than 0.001 on published results.
+        fit_ellipses: evaluate ellipses fitted to the detected rectangles (`ellipses_from_rectangles`), which raises
+            the continuous rates.
 
     Returns:
         FddbResult: rates are NaN if nothing is annotated.
+
+    Raises:
+        ValueError: if ellipses are to be fitted to ellipses.
     """
+    image_sizes = image_sizes or {}
+    if fit_ellipses:
+        detections = {image: ellipses_from_rectangles(rows) for image, rows in detections.items()}
     steps = [np.zeros((0, 4))]
     missing = [image for image in annotations if image not in detections]
     for image, ellipses in track(annotations.items(), "FDDB"):
         rows = detections.get(image)
         if rows is None or not len(rows):
             continue
-        size = (image_sizes or {}).get(image) or estimate_image_size(ellipses, rows[:, :-1])
+        size = image_sizes.get(image) or estimate_image_size(ellipses, rows[:, :-1])
         regions = rectangle_spans if rows.shape[1] == 5 else ellipse_spans
         ious = ellipse_spans(ellipses, size).iou(regions(rows[:, :-1], size))
         steps.append(_score_steps(ious, rows[:, -1]))
@@ -137,6 +164,10 @@ def evaluate_fddb(
         num_detections=sum(len(detections[image]) for image in annotations if image in detections),
         missing=missing,
         num_unknown=sum(image not in annotations for image in detections),
+        num_images=len(annotations),
+        num_sizes=sum(image in image_sizes for image in annotations),
+        fit_ellipses=fit_ellipses,
+        scores=Scores.of(detections),
     )
 
 

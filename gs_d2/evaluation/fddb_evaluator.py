@@ -7,11 +7,10 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from detectron2.data import DatasetCatalog
 
-from .curves import write_fddb_curves
-from .detection_evaluator import DetectionEvaluator, as_xywh, by_score
-from .fddb import FALSE_POSITIVES, ellipses_from_rectangles, evaluate_fddb, write_detections
-from .prediction_files import quantize_detections
-from .report import fddb_setting, fddb_summary, format_fddb_table, format_setting, score_note_of
+from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, by_score
+from gs_d2.evaluation.fddb import evaluate_fddb
+from gs_d2.formats.fddb import write_detections
+from gs_d2.formats.files import quantize
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ class FDDBEvaluator(DetectionEvaluator):
         output_dir: where detections.txt, results.json, roc_curves.npz and roc_curve.png go. None: nothing is
             written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
-        setting: name -> value of what the figures depend on, shown beside the table.
+        setting: name -> value of what the metrics depend on, shown beside the table.
         fit_ellipses: evaluate ellipses fitted to the detected rectangles (`ellipses_from_rectangles`), which
             raises the continuous rates. detections.txt has the rectangles in any case.
     """
@@ -37,31 +36,22 @@ class FDDBEvaluator(DetectionEvaluator):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._fit_ellipses = fit_ellipses
 
-    def _record(self, image, rows, output):
+    def _keep(self, image, rows, output):
         size = (int(image["width"]), int(image["height"])) if "width" in image and "height" in image else None
-        return by_score(quantize_detections(as_xywh(rows))), size
+        return by_score(quantize(as_xywh(rows))), size
 
-    def _evaluate(self, records):
+    def _evaluate(self, kept):
         annotations = {d["image_id"]: d["gt_ellipses"] for d in DatasetCatalog.get(self._dataset_name)}
-        self._not_processed(annotations, records)
-        records = self._in_order(annotations, records)
-        rectangles = {image_id: rows for image_id, (rows, _) in records.items()}
-        sizes = {image_id: size for image_id, (_, size) in records.items() if size and image_id in annotations}
-        detections = rectangles
-        if self._fit_ellipses:
-            detections = {image_id: ellipses_from_rectangles(rows) for image_id, rows in rectangles.items()}
-        result = evaluate_fddb(annotations, detections, sizes)
-
-        setting = self._setting | fddb_setting(self._fit_ellipses, len(sizes), len(annotations))
-        lines = [format_fddb_table(result), format_setting(setting), score_note_of(detections)]
-        lines.append(f"{result.num_faces} faces")
-        _logger.info(f"FDDB true positive rates of {self._dataset_name}\n" + "\n".join(lines))
+        self._warn_of_others(annotations, kept)
+        kept = self._in_order(annotations, kept)
+        detections = {image_id: rows for image_id, (rows, _) in kept.items()}
+        sizes = {image_id: size for image_id, (_, size) in kept.items() if size}
+        result = evaluate_fddb(annotations, detections, sizes, fit_ellipses=self._fit_ellipses)
+        self._present(
+            result,
+            f"FDDB true positive rates of {self._dataset_name}",
+            lambda folder: write_detections(detections, folder / "detections.txt"),
+        )
         if self._output_dir is not None:
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            write_detections(rectangles, self._output_dir / "detections.txt")
-            self._write_summary(fddb_summary(result, len(annotations)), setting)
-            write_fddb_curves(result, self._output_dir)
             _logger.info(f"detections.txt, results.json, roc_curves.npz and roc_curve.png are in {self._output_dir}")
-        figures = {f"disc_tpr@{count}": 100 * result.rate_at(count) for count in FALSE_POSITIVES}
-        figures |= {f"cont_tpr@{count}": 100 * result.rate_at(count, continuous=True) for count in FALSE_POSITIVES}
-        return OrderedDict({"fddb": figures})
+        return OrderedDict({"fddb": result.metrics()})

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gs_d2.formats.fddb import bounding_boxes
-
-from .progress import track
+from gs_d2.formats.progress import track
 
 _LONGEST_SIDE = 450  # of every image of FDDB
 _MAX_RADIUS = 4096  # of absurd detections; far more than any image

@@ -9,29 +9,22 @@ Shape shorthand in this module:
         thresholds
 """
 
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from gs_d2.formats.files import FileTree
-from gs_d2.formats.mat import load_mat
+from gs_d2.evaluation.curves import plot_pr_curves, save_curves
+from gs_d2.evaluation.precision_recall import PrecisionRecallCurve, pixel_iou
+from gs_d2.evaluation.report import Result, Scores, format_table, json_number, percent
+from gs_d2.formats.progress import track
+from gs_d2.formats.wider_face import ATTRIBUTES, OFFICIAL_SUBSETS, WiderGroundTruth
 
-from .precision_recall import PrecisionRecallCurve, pixel_iou
-from .progress import track
+# The subsets on which the outputs of one anchor scale are evaluated: the columns of Table 7.
+SCALE_SUBSETS = (*OFFICIAL_SUBSETS, "all")
 
-OFFICIAL_SUBSETS = ("easy", "medium", "hard")
-
-# Names of the label values, from the readme of the annotations.
-ATTRIBUTES = {
-    "blur": ("clear", "normal", "heavy"),
-    "expression": ("typical", "exaggerate"),
-    "illumination": ("normal", "extreme"),
-    "occlusion": ("none", "partial", "heavy"),
-    "pose": ("typical", "atypical"),
-}
-
+_TITLES = {"easy": "Easy", "medium": "Medium", "hard": "Hard", "all": "All", "all_valid": "All (valid)"}
 _IOU_THRESH = 0.5
 _NUM_THRESHOLDS = 1000
 _UNMATCHED = -1
@@ -40,173 +33,96 @@ _IOU_CHUNK = 2_000_000  # pairs at a time, about 100 MB: the crowds have 709 fac
 
 
 @dataclass(frozen=True)
-class WiderGroundTruth:
-    """Annotated faces of a set of images.
-
-    Attributes:
-        image_ids (list[str]): I times `<event>/<image>`.
-        boxes (ndarray[M, 4]): float64 (x, y, x + w, y + h) as annotated, with the degenerate ones.
-        offsets (ndarray[I + 1]): int64; the boxes of image i are `boxes[offsets[i]:offsets[i + 1]]`.
-        subsets: name -> bool ndarray[M], the boxes that count in a subset; the others are ignored there: a
-            detection on one is neither a hit nor a false alarm. Always has `all` (every box of the list) and
-            `all_valid` (not flagged invalid, w > 0 and h > 0); `easy`, `medium`, `hard` where the official
-            files are there; `<attribute>.<value>` for the boxes with that label.
-    """
-
-    image_ids: list[str]
-    boxes: np.ndarray
-    offsets: np.ndarray
-    subsets: dict[str, np.ndarray]
-
-    @classmethod
-    def from_boxes(
-        cls,
-        image_ids: Iterable[str],
-        boxes: Iterable[np.ndarray],
-        attributes: Iterable[Mapping[str, np.ndarray]] | None = None,
-    ) -> "WiderGroundTruth":
-        """Ground truth with `all`, `all_valid` and the attributes, but without the official subsets.
-
-        Args:
-            image_ids: I times `<event>/<image>`.
-            boxes: an ndarray[n, 4] (x1, y1, x2, y2) an image.
-            attributes: a dict of attribute -> integer ndarray[n] an image (`invalid` and keys of
-                `ATTRIBUTES`; others are not read). None: no attributes, every box valid.
-
-        Raises:
-            ValueError: if an image occurs twice or a dict does not fit its boxes.
-        """
-        image_ids = list(image_ids)
-        boxes = [np.asarray(b, dtype=np.float64).reshape(-1, 4) for b in boxes]
-        attributes = [{}] * len(image_ids) if attributes is None else list(attributes)
-        if len(set(image_ids)) != len(image_ids):
-            raise ValueError("WIDER FACE ground truth: an image occurs twice")
-        offsets = np.cumsum([0] + [len(b) for b in boxes])
-        all_boxes = np.concatenate([np.zeros((0, 4)), *boxes])
-        labels = {}
-        for name in ("invalid", *ATTRIBUTES):
-            per_image = [a[name] for a in attributes if name in a]
-            if per_image and len(per_image) == len(boxes):
-                labels[name] = np.concatenate([np.asarray(a).reshape(-1) for a in per_image])
-                if len(labels[name]) != len(all_boxes):
-                    raise ValueError(f"WIDER FACE ground truth: {name} has not one label for each box")
-        valid = (all_boxes[:, 2] > all_boxes[:, 0]) & (all_boxes[:, 3] > all_boxes[:, 1])
-        if "invalid" in labels:
-            valid &= labels["invalid"] == 0
-        subsets = {"all": np.ones(len(all_boxes), dtype=bool), "all_valid": valid}
-        for attribute, names in ATTRIBUTES.items():
-            if attribute in labels:
-                subsets |= {f"{attribute}.{name}": labels[attribute] == i for i, name in enumerate(names)}
-        return cls(image_ids, all_boxes, offsets, subsets)
-
-    def of_images(self, image_ids: Iterable[str]) -> "WiderGroundTruth":
-        """The ground truth of those of its images that are in `image_ids`, in its own order."""
-        wanted = set(image_ids)
-        images = np.array([i for i, image_id in enumerate(self.image_ids) if image_id in wanted], dtype=np.int64)
-        counts = np.diff(self.offsets)
-        rows = np.repeat(np.isin(np.arange(len(counts)), images), counts)
-        return WiderGroundTruth(
-            [self.image_ids[i] for i in images],
-            self.boxes[rows],
-            np.cumsum([0, *counts[images]]),
-            {name: mask[rows] for name, mask in self.subsets.items()},
-        )
-
-    @classmethod
-    def from_mat_files(cls, path: str | os.PathLike) -> "WiderGroundTruth":
-        """Reads the official `wider_{face,easy,medium,hard}_val.mat` from a folder or a zip, at any depth.
-
-        `wider_face_val.mat` is needed; of the other three, those that are there make a subset each.
-
-        Raises:
-            FileNotFoundError: if `path` or `wider_face_val.mat` is missing.
-            ValueError: for a file that is not of the official layout, or lists other images.
-        """
-        with FileTree(path) as tree:
-            face = _load_mat(tree, "wider_face_val.mat")
-            if face is None:
-                raise FileNotFoundError(
-                    f"{path}: no wider_face_val.mat; it is in `ground_truth` of the official evaluation tools"
-                )
-            where, face = face
-            try:
-                image_ids = _image_ids(face)
-                boxes = [b.astype(np.float64).reshape(-1, 4) for b in _per_image(face["face_bbx_list"])]
-                boxes = [np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1) for b in boxes]
-                labels = {
-                    name: _per_image(face[f"{name}_label_list"])
-                    for name in ("invalid", *ATTRIBUTES)
-                    if f"{name}_label_list" in face
-                }
-                attributes = [{name: labels[name][i] for name in labels} for i in range(len(boxes))]
-                ground_truth = cls.from_boxes(image_ids, boxes, attributes)
-            except (KeyError, IndexError, AttributeError, TypeError) as error:
-                raise ValueError(f"{where}: not of the layout of WIDER FACE's own file ({error!r})") from error
-            subsets = {}
-            for name in OFFICIAL_SUBSETS:
-                subset = _load_mat(tree, f"wider_{name}_val.mat")
-                if subset is not None:
-                    subsets[name] = _subset_mask(*subset, ground_truth)
-        return cls(image_ids, ground_truth.boxes, ground_truth.offsets, subsets | ground_truth.subsets)
-
-
-def _load_mat(tree: FileTree, file_name: str) -> tuple[str, dict] | None:
-    """Where a MATLAB file of the tree is, and its variables; None if there is none of that name."""
-    found = [name for name in tree.names if name.rsplit("/", 1)[-1] == file_name]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise ValueError(f"{tree.path}: both {found[0]} and {found[1]}; give the folder of one of them")
-    where = tree.where(found[0])
-    return where, load_mat(tree.read_bytes(found[0]), where)
-
-
-def _per_image(events: np.ndarray) -> list[np.ndarray]:
-    """Flattens the official cell arrays: events (E, 1) of images (n, 1) of an array."""
-    return [image[0] for event in events for image in event[0]]
-
-
-def _image_ids(mat: dict) -> list[str]:
-    return [
-        f"{event[0][0]}/{image[0][0]}"
-        for event, images in zip(mat["event_list"], mat["file_list"], strict=True)
-        for image in images[0]
-    ]
-
-
-def _subset_mask(where: str, mat: dict, ground_truth: WiderGroundTruth) -> np.ndarray:
-    """The boxes (M,) that an official subset keeps, from its 1-based indices."""
-    mask = np.zeros(len(ground_truth.boxes), dtype=bool)
-    try:
-        image_ids, kept = _image_ids(mat), _per_image(mat["gt_list"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{where}: not of the layout of WIDER FACE's own file ({error!r})") from error
-    if image_ids != ground_truth.image_ids:
-        raise ValueError(f"{where}: lists other images than wider_face_val.mat; take all four from one source")
-    for i, indices in enumerate(kept):
-        first, end = ground_truth.offsets[i : i + 2]
-        indices = indices.reshape(-1).astype(np.int64)
-        if len(indices) and not (1 <= indices.min() and indices.max() <= end - first):
-            raise ValueError(f"{where}: {image_ids[i]} has no box {indices.max()}; take all four from one source")
-        mask[first + indices - 1] = True
-    return mask
-
-
-@dataclass(frozen=True)
-class WiderResult:
+class WiderResult(Result):
     """What the evaluation of one set of predictions gives.
 
     Attributes:
-        curves: subset -> `PrecisionRecallCurve` over the T thresholds; `.ap` is the figure, a fraction.
+        curves: subset -> `PrecisionRecallCurve` over the T thresholds; `.ap` is the metric, a fraction.
         num_faces: subset -> number of faces that count.
-        num_detections: detections read, all images.
-        score_range: lowest and highest score; (nan, nan) without detections.
+        num_detections: detections on images of the ground truth.
+        score_range: their lowest and highest score; (nan, nan) without detections.
+        num_images: of the ground truth.
+        missing: those of them for which there is no entry; their faces are missed.
+        num_empty: those of them whose entry has no detection.
+        num_unknown: images with an entry that are not in the ground truth; not evaluated.
+        by_scale: anchor scale -> result of its outputs alone, on `SCALE_SUBSETS`; empty where they are not known.
     """
 
     curves: dict[str, PrecisionRecallCurve]
     num_faces: dict[str, int]
     num_detections: int
     score_range: tuple[float, float]
+    num_images: int
+    missing: list[str]
+    num_empty: int
+    num_unknown: int
+    by_scale: dict[int, "WiderResult"] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """AP in percent of each subset there is, and of each anchor scale as "<subset>@<scale>"."""
+        metrics = {name: 100 * self.curves[name].ap for name in _TITLES if name in self.curves}
+        return metrics | {name: 100 * ap for name, ap in self._scale_aps()}
+
+    def table(self) -> str:
+        """AP in percent and number of faces of every subset, and a table of AP by anchor scale where there are any."""
+        names = [name for name in _TITLES if name in self.curves]
+        rows = [[_TITLES[name], percent(self.curves[name].ap), str(self.num_faces[name])] for name in names]
+        for attribute, values in ATTRIBUTES.items():
+            annotated = [value for value in values if self.num_faces.get(f"{attribute}.{value}")]
+            for value in annotated if len(annotated) > 1 else ():  # a list without this attribute has one value for all
+                name = f"{attribute}.{value}"
+                rows.append([f"{attribute}: {value}", percent(self.curves[name].ap), str(self.num_faces[name])])
+        lines = [format_table(["subset", "AP", "faces"], rows)]
+        if self.by_scale:
+            lines.append("AP of each anchor scale's outputs alone, after an NMS among themselves:")
+            names = [name for name in SCALE_SUBSETS if name in self.curves]
+            rows = [
+                [f"@{scale}", *(percent(r.curves[name].ap) for name in names)] for scale, r in self.by_scale.items()
+            ]
+            lines.append(format_table(["scale", *(_TITLES[name] for name in names)], rows))
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        notes = [Scores(self.num_detections, *self.score_range).note()]
+        if self.num_detections and self.score_range[0] == self.score_range[1]:
+            notes.append("WARNING: all scores are equal: the protocol's normalisation of scores gives AP 0")
+        return notes
+
+    def summary(self) -> dict:
+        """AP as fractions 0..1, null for a subset without faces or without ground truth."""
+        metrics = {name: json_number(self.curves[name].ap) if name in self.curves else None for name in _TITLES}
+        attributes = {
+            attribute: {value: json_number(self.curves[f"{attribute}.{value}"].ap) for value in values}
+            for attribute, values in ATTRIBUTES.items()
+            if f"{attribute}.{values[0]}" in self.curves
+        }
+        return {
+            **metrics,
+            **{name: json_number(ap) for name, ap in self._scale_aps()},
+            "attributes": attributes,
+            "num_faces": self.num_faces,
+            "num_detections": self.num_detections,
+            "score_range": [json_number(score) for score in self.score_range],
+            "num_images": self.num_images,
+            "num_missing": len(self.missing),
+            "num_empty": self.num_empty,
+            "num_unknown": self.num_unknown,
+        }
+
+    def write_curves(
+        self,
+        folder: Path,
+        name: str = "gs_d2",
+        others: Mapping[str, Mapping[str, PrecisionRecallCurve]] | None = None,
+    ) -> None:
+        """Writes pr_curves.npz, and pr_curve.png with the curves of `others`, method -> subset -> curve, beside."""
+        save_curves(self.curves, folder / "pr_curves.npz")
+        panels = {subset: _TITLES[subset] for subset in SCALE_SUBSETS}
+        plot_pr_curves({name: self.curves, **(others or {})}, folder / "pr_curve.png", panels)
+
+    def _scale_aps(self) -> Iterator[tuple[str, float]]:
+        for scale, result in self.by_scale.items():
+            yield from ((f"{name}@{scale}", result.curves[name].ap) for name in SCALE_SUBSETS if name in result.curves)
 
 
 def evaluate_wider_face(ground_truth: WiderGroundTruth, detections: Mapping[str, np.ndarray]) -> WiderResult:
@@ -242,7 +158,17 @@ def evaluate_wider_face(ground_truth: WiderGroundTruth, detections: Mapping[str,
         num_faces[name] = int(kept.sum())
         num_hits, num_counted = cumulated(on_kept_face & is_first), cumulated(on_kept_face) + unmatched
         curves[name] = PrecisionRecallCurve.from_counts(num_hits, num_counted, num_faces[name])
-    return WiderResult(curves, num_faces, len(scores), (float(score_range[0]), float(score_range[1])))
+    known = [len(detections[image_id]) for image_id in ground_truth.image_ids if image_id in detections]
+    return WiderResult(
+        curves,
+        num_faces,
+        num_detections=len(scores),
+        score_range=(float(score_range[0]), float(score_range[1])),
+        num_images=len(ground_truth.image_ids),
+        missing=[image_id for image_id in ground_truth.image_ids if image_id not in detections],
+        num_empty=known.count(0),
+        num_unknown=len(detections) - len(known),
+    )
 
 
 def _match(

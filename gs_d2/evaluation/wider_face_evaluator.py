@@ -11,11 +11,11 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .curves import plot_pr_curves, save_curves
-from .detection_evaluator import DetectionEvaluator, as_xywh, rows_of
-from .prediction_files import quantize_detections, write_wider_predictions
-from .report import SCALE_SUBSETS, format_wider_table, scale_figures, wider_summary
-from .wider_face import OFFICIAL_SUBSETS, WiderGroundTruth, WiderResult, evaluate_wider_face
+from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, rows_of
+from gs_d2.evaluation.wider_face import SCALE_SUBSETS, WiderResult, evaluate_wider_face
+from gs_d2.formats.files import quantize
+from gs_d2.formats.wider_face import WiderGroundTruth
+from gs_d2.formats.wider_predictions import write_wider_predictions
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
     alone "easy@<scale>", "medium@<scale>", "hard@<scale>" and "all@<scale>" (the paper's @16, @32, ...; Table 7). These
     need outputs with `instances_by_scale`, with `group_scales`: the detections of each scale after an NMS among
     themselves, which the final `instances` do not hold, since there a face survives in one scale only. Without it, as
-    from a model whose `by_scale` is not set, there are none of these figures. It is empty for the test set, whose
+    from a model whose `by_scale` is not set, there are none of these metrics. It is empty for the test set, whose
     annotations are not public: then the predictions and `submission.zip`, to be sent to the authors, are all there
     is.
 
@@ -39,37 +39,35 @@ class WiderFaceEvaluator(DetectionEvaluator):
         output_dir: where predictions, results.json, pr_curves.npz and pr_curve.png go. None: nothing is
             written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
-        setting: name -> value of what the figures depend on (test sizes, score threshold, NMS, most
+        setting: name -> value of what the metrics depend on (test sizes, score threshold, NMS, most
             detections an image), shown beside the table.
     """
 
-    def _record(self, image, rows, output):
+    def _keep(self, image, rows, output):
         by_scale = None
         if "instances_by_scale" in output:
             instances = output["instances_by_scale"].to("cpu")
             scales = np.rint(instances.group_scales.detach().numpy().reshape(-1)).astype(np.int32)
             # Several times as many as the final ones, in float32, which is what detectors give.
             by_scale = rows_of(instances, image["image_id"]).astype(np.float32), scales
-        return quantize_detections(as_xywh(rows)), by_scale
+        return quantize(as_xywh(rows)), by_scale
 
-    def _evaluate(self, records):
-        detections = {image_id: rows for image_id, (rows, _) in records.items()}
+    def _evaluate(self, kept):
+        detections = {image_id: rows for image_id, (rows, _) in kept.items()}
         ground_truth = self._ground_truth(detections)
-        missing = self._not_processed(ground_truth.image_ids, records)
+        self._warn_of_others(ground_truth.image_ids, kept)
         if not len(ground_truth.boxes):
             return self._write_submission(detections)
-        result = evaluate_wider_face(ground_truth, detections)
-        by_scale = self._evaluate_scales(ground_truth, {image_id: scales for image_id, (_, scales) in records.items()})
-
-        summary = wider_summary(result, by_scale)
-        summary |= {"num_images": len(ground_truth.image_ids), "num_missing": len(missing)}
-        _logger.info(f"WIDER FACE AP of {self._dataset_name}\n" + format_wider_table(result, by_scale, self._setting))
+        by_scale = self._evaluate_scales(ground_truth, {image_id: scales for image_id, (_, scales) in kept.items()})
+        result = dataclasses.replace(evaluate_wider_face(ground_truth, detections), by_scale=by_scale)
+        self._present(
+            result,
+            f"WIDER FACE AP of {self._dataset_name}",
+            lambda folder: write_wider_predictions(detections, folder / "predictions"),
+        )
         if self._output_dir is not None:
-            self._write(detections, result, summary)
-        names = [name for name in (*OFFICIAL_SUBSETS, "all", "all_valid") if name in result.curves]
-        figures = {name: 100 * result.curves[name].ap for name in names}
-        figures |= {name: 100 * ap for name, ap in scale_figures(by_scale).items()}
-        return OrderedDict({"wider_face": figures})
+            _logger.info(f"Predictions, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")
+        return OrderedDict({"wider_face": result.metrics()})
 
     def _ground_truth(self, detections) -> WiderGroundTruth:
         metadata = MetadataCatalog.get(self._dataset_name)
@@ -95,17 +93,17 @@ class WiderFaceEvaluator(DetectionEvaluator):
         )
         return ground_truth
 
-    def _evaluate_scales(self, ground_truth, records) -> dict[int, WiderResult]:
+    def _evaluate_scales(self, ground_truth, by_scale) -> dict[int, WiderResult]:
         """One evaluation for each anchor scale, with the outputs of that scale alone; none if an image lacks them."""
-        if any(record is None for record in records.values()):
+        if any(of_image is None for of_image in by_scale.values()):
             return {}
         subsets = {name: ground_truth.subsets[name] for name in SCALE_SUBSETS if name in ground_truth.subsets}
         ground_truth = dataclasses.replace(ground_truth, subsets=subsets)
         results = {}
-        for scale in sorted({int(scale) for _, scales in records.values() for scale in np.unique(scales)}):
+        for scale in sorted({int(scale) for _, scales in by_scale.values() for scale in np.unique(scales)}):
             detections = {
-                image_id: quantize_detections(as_xywh(rows[scales == scale].astype(np.float64)))
-                for image_id, (rows, scales) in records.items()
+                image_id: quantize(as_xywh(rows[scales == scale].astype(np.float64)))
+                for image_id, (rows, scales) in by_scale.items()
             }
             results[scale] = evaluate_wider_face(ground_truth, detections)
         return results
@@ -118,11 +116,3 @@ class WiderFaceEvaluator(DetectionEvaluator):
         write_wider_predictions(detections, self._output_dir / "submission.zip")
         _logger.info(f"{self._dataset_name} has no annotations; submission.zip is in {self._output_dir}")
         return OrderedDict()
-
-    def _write(self, detections, result: WiderResult, summary: dict) -> None:
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        write_wider_predictions(detections, self._output_dir / "predictions")
-        self._write_summary(summary, self._setting)
-        save_curves(result.curves, self._output_dir / "pr_curves.npz")
-        plot_pr_curves({"gs_d2": result.curves}, self._output_dir / "pr_curve.png")
-        _logger.info(f"Predictions, results.json, pr_curves.npz and pr_curve.png are in {self._output_dir}")

@@ -1,11 +1,12 @@
 """FDDB: the lists of annotated ellipses, and of detections in the same layout."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from .files import FileTree, is_inside, parse_count, parse_rows
+from gs_d2.formats.files import BOX_FORMAT, SCORE_FORMAT, FileTree, is_inside, parse_count, parse_rows
+from gs_d2.formats.progress import track
 
 _MAX_NUMBER = 1e6  # pixels
 
@@ -29,6 +30,40 @@ def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise FileNotFoundError(f"{path}: no FDDB-fold-*-ellipseList.txt below it; they are in FDDB-folds.tgz")
         regions = read_region_lists(tree, names, (6,), annotated=True)
         return {image: rows[:, :5] for image, rows in regions.items()}
+
+
+def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads detections in FDDB's format: image name, number of detections, one detection a line.
+
+    Args:
+        path: one file, or a folder or a zip whose `.txt` files are all read (one a fold, or one an image).
+
+    Returns:
+        image name -> ndarray[n, 5], rectangles `x y w h score`, or ndarray[n, 6], ellipses `major_radius
+        minor_radius angle cx cy score`; all images alike.
+
+    Raises:
+        FileNotFoundError: if `path` does not exist.
+        ValueError: for a malformed file, an image given twice, or rectangles mixed with ellipses.
+    """
+    with FileTree(path) as tree:
+        names = [n for n in tree.names if n.endswith(".txt")] if len(tree.names) > 1 else tree.names
+        if not names:
+            raise ValueError(f"{path}: no .txt file below it; need detections in FDDB's format")
+        return read_region_lists(tree, track(names, "reading lists"), (5, 6))
+
+
+def write_detections(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes one file in FDDB's format, images and detections in the order given.
+
+    Args:
+        detections: image name -> ndarray[n, 5]: rectangles `x y w h score`.
+        path: the file.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for image, rows in detections.items():
+            lines = [image, str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
+            file.write("\n".join(lines) + "\n")
 
 
 def read_region_lists(

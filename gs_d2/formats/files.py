@@ -1,4 +1,4 @@
-"""Folders and zips, read without trusting them, and rows of numbers."""
+"""Folders and zips, read without trusting them, and rows of numbers, read and written."""
 
 import os
 import re
@@ -27,6 +27,10 @@ _RATIO_FROM = 2**20  # bytes unpacked; less does no harm
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes to work in
 _BROKEN = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError)
 _MAX_NUMBER = 1e9  # far above any pixel, score or count of rows; keeps later arithmetic finite
+
+_BOX_DECIMALS, _SCORE_DECIMALS = 3, 8
+BOX_FORMAT = " ".join([f"%.{_BOX_DECIMALS}f"] * 4)
+SCORE_FORMAT = f"%.{_SCORE_DECIMALS}f"
 
 
 def is_inside(name: str) -> bool:
@@ -165,6 +169,24 @@ class FileTree:
         return self.read_bytes(name).decode("utf-8-sig", errors="replace")
 
 
+def numbers_of(lines: list[str], columns: tuple[int, ...], below: float) -> np.ndarray | None:
+    """Rows of numbers, float64 [n, columns], or None where they are anything else.
+
+    Args:
+        lines: the text of the rows, at least one.
+        columns: how many numbers a row may have; all rows must have the same.
+        below: the absolute value of each number must be below this; NaN and infinity never are.
+    """
+    if any("_" in line for line in lines):  # Python reads 1_000 as a number, no other tool does
+        return None
+    try:
+        values = np.array([line.split() for line in lines], dtype=np.float64)
+    except ValueError:
+        return None
+    right = values.ndim == 2 and values.shape[1] in columns and (np.abs(values) < below).all()
+    return values if right else None
+
+
 def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) -> np.ndarray:
     """Rows of numbers, checked.
 
@@ -180,18 +202,14 @@ def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) 
     Raises:
         ValueError: naming the file and the line of the first row that is anything else.
     """
-    rows = [line.split() for line in lines]
-    kept = [row for row in rows if row]
+    kept = [line for line in lines if line.strip()]
     if not kept:
         return np.zeros((0, num_columns))
-    if not any("_" in line for line in lines):  # Python reads 1_000 as a number, no other tool does
-        try:
-            values = np.array(kept, dtype=np.float64)
-            if values.shape == (len(kept), num_columns) and (np.abs(values) < _MAX_NUMBER).all():
-                return values
-        except ValueError:
-            pass
-    for number, row in enumerate(rows, first_line):
+    values = numbers_of(kept, (num_columns,), _MAX_NUMBER)
+    if values is not None:
+        return values
+    for number, line in enumerate(lines, first_line):
+        row = line.split()
         if not row:
             continue
         text = " ".join(row)[:80]
@@ -217,3 +235,10 @@ def parse_count(text: str, where: str, number: int) -> int:
     if not (0 <= count <= _MAX_NUMBER and count.is_integer()):
         raise ValueError(f"{where}, line {number}: need the number of detections, got {text.strip()[:80]!r}")
     return int(count)
+
+
+def quantize(rows: np.ndarray) -> np.ndarray:
+    """Rounds rows of a box and a score (n, 5) as the files do, so that a metric and its files agree exactly."""
+    rows = np.asarray(rows, dtype=np.float64).reshape(-1, 5)
+    boxes, scores = np.round(rows[:, :4], _BOX_DECIMALS), np.round(rows[:, 4:], _SCORE_DECIMALS)
+    return np.concatenate([boxes, scores], axis=1)

@@ -85,13 +85,13 @@ def literal_recall(detections, limit):
 @pytest.mark.parametrize("limits", [(3, 30), (100, 1000)])
 def test_recall_is_the_protocol_written_out(coco_toy, limits):
     detections = noisy_detections(30)
-    figures = evaluate(detections, limits=limits)
+    metrics = evaluate(detections, limits=limits)
     for limit in limits:
-        assert figures[f"AR@{limit}"] == pytest.approx(literal_recall(detections, limit), abs=1e-6)
-    assert 5 < figures[f"AR@{limits[0]}"] < 95
+        assert metrics[f"AR@{limit}"] == pytest.approx(literal_recall(detections, limit), abs=1e-6)
+    assert 5 < metrics[f"AR@{limits[0]}"] < 95
 
 
-def test_figures_are_the_official_apis_to_the_digit(coco_toy):
+def test_metrics_are_the_official_apis_to_the_digit(coco_toy):
     """COCOeval fed through its own loadRes, as its users do."""
     detections, rows = noisy_detections(40, seed=1), []
     for image_id, instances in detections.items():
@@ -105,17 +105,17 @@ def test_figures_are_the_official_apis_to_the_digit(coco_toy):
         official.evaluate()
         official.accumulate()
         official.summarize()
-    figures = evaluate(detections)
-    assert list(figures) == [f"AR{size}@{limit}" for limit in (100, 1000) for size in ("", "s", "m", "l")]
+    metrics = evaluate(detections)
+    assert list(metrics) == [f"AR{size}@{limit}" for limit in (100, 1000) for size in ("", "s", "m", "l")]
     recall = official.eval["recall"]
     for i, limit in ((1, 100), (2, 1000)):
         for a, size in enumerate(("", "s", "m", "l")):
             expected = recall[:, 0, a, i]
             if (expected == -1).all():
-                assert np.isnan(figures[f"AR{size}@{limit}"])
+                assert np.isnan(metrics[f"AR{size}@{limit}"])
             else:
-                assert figures[f"AR{size}@{limit}"] == 100 * expected.mean()
-    assert np.isnan(figures["ARl@100"]) and figures["ARs@100"] != figures["ARm@100"]
+                assert metrics[f"AR{size}@{limit}"] == 100 * expected.mean()
+    assert np.isnan(metrics["ARl@100"]) and metrics["ARs@100"] != metrics["ARm@100"]
 
 
 def test_detectron2s_recall_is_another_rule(tmp_path):
@@ -148,10 +148,20 @@ def test_detectron2s_recall_is_another_rule(tmp_path):
 
 def test_without_detections_the_recall_is_0(coco_toy, tmp_path):
     none = {image_id: instances[:0] for image_id, instances in noisy_detections(3).items()}
-    figures = evaluate(none, output_dir=str(tmp_path), setting={"NMS IoU": 0.7})
-    assert figures["AR@100"] == figures["AR@1000"] == 0
+    metrics = evaluate(none, output_dir=str(tmp_path), setting={"NMS IoU": 0.7})
+    assert metrics["AR@100"] == metrics["AR@1000"] == 0
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["AR@100"] == 0 and written["setting"] == {"NMS IoU": 0.7}
+
+
+def test_sizes_without_objects_are_null_in_the_json(coco_toy, tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    metrics = evaluate(noisy_detections(3), output_dir=str(tmp_path))
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert np.isnan(metrics["ARl@100"]) and written["ARl@100"] is None
+    assert written.pop("setting") == {} and list(written) == list(metrics)
 
 
 def test_perfect_detections_find_everything_but_crowds(coco_toy):

@@ -15,25 +15,20 @@ from gs_d2.evaluation.fddb_regions import (
     image_sizes_of,
     rectangle_spans,
 )
-from gs_d2.formats.fddb import bounding_boxes, read_annotations
+from gs_d2.formats.fddb import bounding_boxes, read_annotations, read_detections
 
 SIZE = (40, 30)
 
 
 @pytest.fixture(scope="module")
-def annotations(data_dir):
-    return read_annotations(data_dir / "fddb" / "folds")
-
-
-def test_counts_of_the_annotations(annotations):
-    assert len(annotations) == 2845
-    assert sum(map(len, annotations.values())) == 5171
+def annotations(shared_data):
+    return read_annotations(shared_data / "fddb" / "folds")
 
 
 @pytest.mark.parametrize("detector", ["s3fd", "mtcnn_lqy"])
-def test_official_roc(annotations, data_dir, detector):
-    results = data_dir / "fddb" / "results"
-    detections = fddb.read_detections(results / f"fddb_{detector}_result.txt")
+def test_official_roc(annotations, shared_data, detector):
+    results = shared_data / "fddb" / "results"
+    detections = read_detections(results / f"fddb_{detector}_result.txt")
     result = fddb.evaluate_fddb(annotations, detections)
     for kind in ("Disc", "Cont"):
         official = np.loadtxt(results / f"fddb_{detector}_{kind}ROC.txt")
@@ -101,14 +96,6 @@ def test_iou_is_that_of_the_masks():
         first, second = masks_of(a)[i], masks_of(b)[j]
         union = (first | second).sum()
         assert a.iou(b)[i, j] == ((first & second).sum() / union if union else 0)
-
-
-def test_bounding_boxes_touch_the_outline():
-    ellipse = np.array([30.0, 20.0, 0.7, 50.0, 60.0])
-    t = np.linspace(0, 2 * np.pi, 100_000)
-    x = 50 + 30 * np.cos(t) * np.cos(0.7) - 20 * np.sin(t) * np.sin(0.7)
-    y = 60 + 30 * np.cos(t) * np.sin(0.7) + 20 * np.sin(t) * np.cos(0.7)
-    np.testing.assert_allclose(bounding_boxes(ellipse), [[x.min(), y.min(), x.max(), y.max()]], atol=1e-6)
 
 
 # ---- The size of the image where it is not known ----
@@ -228,44 +215,6 @@ def test_missing_images_still_have_faces():
     assert nothing.rate_at(100) == 0 and nothing.rate_at(100, continuous=True) == 0
 
 
-# ---- Files ----
-
-
-def test_reading_folds_and_one_file(tmp_path):
-    (tmp_path / "fold-01-out.txt").write_text("2002/a\n1\n1 2 3 4 0.5\n\n2002/b\n0\n")
-    (tmp_path / "fold-02-out.txt").write_text("2002/c.jpg\r\n2\r\n1 2 3 4 0.5\r\n5 6 7 8 0.25\r\n")
-    detections = fddb.read_detections(tmp_path)
-    assert {image: len(rows) for image, rows in detections.items()} == {"2002/a": 1, "2002/b": 0, "2002/c": 2}
-    assert fddb.read_detections(tmp_path / "fold-02-out.txt")["2002/c"].tolist()[1] == [5, 6, 7, 8, 0.25]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a\n1\n1 2 3 4\n", r"d\.txt, line 3: need 5 or 6 numbers, got 4"),
-        ("a\n1\n1 2 3 4 5\nb\n1\n1 2 3 4 5 6\n", r"d\.txt, line 6: need 5 numbers, got 6"),
-        ("a\n2\n1 2 3 4 5\n", r"d\.txt, line 2: says 2 but 1 follow"),
-        ("a\n1\n1 2 3 x 5\n", r"d\.txt, line 3: not a number"),
-        ("a\n1\n1 2 3 nan 5\n", r"d\.txt, line 3: NaN"),
-        ("a\nb\n", r"d\.txt, line 2: need the number"),
-        ("a\n", r"d\.txt, line 2: missing"),
-        ("a\n0\na\n0\n", r"d\.txt, line 3: image a for the second time"),
-        ("a\n2\n1 2 3 4 5\n\nb\n0\n", r"d\.txt, line 2: says 2 but some of these lines are blank"),
-    ],
-)
-def test_malformed_detections(tmp_path, text, message):
-    (tmp_path / "d.txt").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        fddb.read_detections(tmp_path / "d.txt")
-
-
-def test_no_ellipse_lists(tmp_path):
-    (tmp_path / "readme.txt").write_text("x")
-    (tmp_path / "other.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match="ellipseList"):
-        read_annotations(tmp_path)
-
-
 # ---- Our own ellipses ----
 
 
@@ -279,9 +228,9 @@ def test_committed_fit_is_what_the_tool_fits(annotations):
     assert angle == pytest.approx(fddb_ellipse_fit.ANGLE, abs=1e-6)
 
 
-def test_fitted_ellipses_raise_the_continuous_score(annotations, data_dir):
-    path = data_dir / "fddb" / "results" / "fddb_mtcnn_lqy_result.txt"
-    rectangles = dict(list(fddb.read_detections(path).items())[::5])
+def test_fitted_ellipses_raise_the_continuous_score(annotations, shared_data):
+    path = shared_data / "fddb" / "results" / "fddb_mtcnn_lqy_result.txt"
+    rectangles = dict(list(read_detections(path).items())[::5])
     annotations = {image: annotations[image] for image in rectangles}
     ellipses = {image: fddb.ellipses_from_rectangles(rows) for image, rows in rectangles.items()}
     rates = [fddb.evaluate_fddb(annotations, d).rate_at(1000, continuous=True) for d in (rectangles, ellipses)]

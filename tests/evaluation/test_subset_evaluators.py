@@ -53,7 +53,7 @@ def test_wider_face_with_the_official_files(temporary, monkeypatch, tmp_path, ca
     MetadataCatalog.get("wider_subset_test").set(ground_truth_dir=str(tmp_path))
     name = register_subset("wider_subset_test", 3)
     DatasetCatalog.register("wider_only_test", lambda: dicts[::3])
-    figures = {}
+    metrics = {}
     for dataset in (name, "wider_only_test"):
         if dataset == "wider_only_test":
             (tmp_path / "wider_face_val.mat").unlink()
@@ -62,10 +62,10 @@ def test_wider_face_with_the_official_files(temporary, monkeypatch, tmp_path, ca
         outputs = outputs_of(dicts)
         for image, output in list(zip(dicts, outputs, strict=True))[::3]:
             evaluator.process([image], [output])
-        figures[dataset] = evaluator.evaluate()["wider_face"]
-    assert figures[name]["hard"] == figures[name]["all"] > 0
-    without_hard = {key: value for key, value in figures[name].items() if not key.startswith("hard")}
-    assert without_hard == figures["wider_only_test"]
+        metrics[dataset] = evaluator.evaluate()["wider_face"]
+    assert metrics[name]["hard"] == metrics[name]["all"] > 0
+    without_hard = {key: value for key, value in metrics[name].items() if not key.startswith("hard")}
+    assert without_hard == metrics["wider_only_test"]
     assert "were not processed" not in caplog.text
     assert json.loads((tmp_path / name / "results.json").read_text())["num_images"] == 3
 
@@ -82,7 +82,7 @@ def test_coco(temporary, coco_toy, tmp_path, caplog, kind):
     DatasetCatalog.get("coco_only_test")
     assert len(image_ids) == 2 and content["annotations"]
 
-    def figures(evaluator):
+    def metrics(evaluator):
         evaluator.reset()
         detections = noisy_detections(30)
         for image_id in image_ids:
@@ -90,11 +90,11 @@ def test_coco(temporary, coco_toy, tmp_path, caplog, kind):
         return evaluator.evaluate()
 
     if kind is CocoRecallEvaluator:
-        found, expected = (figures(kind(dataset, distributed=False)) for dataset in (name, "coco_only_test"))
+        found, expected = (metrics(kind(dataset, distributed=False)) for dataset in (name, "coco_only_test"))
     else:
         options = {"distributed": False, "use_fast_impl": False}
-        found = figures(kind(name, ("bbox",), **options))
-        expected = figures(COCOEvaluator("coco_only_test", ("bbox",), **options))
+        found = metrics(kind(name, ("bbox",), **options))
+        expected = metrics(COCOEvaluator("coco_only_test", ("bbox",), **options))
     for task in expected:
         assert found[task] == pytest.approx(expected[task], nan_ok=True)
         assert any(value > 0 for value in found[task].values())

@@ -81,7 +81,7 @@ def dataset(tmp_path):
     MetadataCatalog.remove(NAME)
 
 
-def test_figures_files_and_table(dataset, tmp_path, caplog):
+def test_metrics_files_and_table(dataset, tmp_path, caplog):
     evaluator = WiderFaceEvaluator(NAME, str(tmp_path / "out"), setting={"test sizes": "640", "NMS": 0.5})
     with caplog.at_level(logging.INFO):
         evaluator.process([{"image_id": "0--Event/stale"}], outputs_of(dataset[:1]))
@@ -89,10 +89,10 @@ def test_figures_files_and_table(dataset, tmp_path, caplog):
         for image, output in zip(dataset, outputs_of(dataset), strict=True):
             evaluator.process([image], [output])
         results = evaluator.evaluate()
-    figures = results["wider_face"]
-    assert list(figures) == ["all", "all_valid", "all@16", "all@32", "all@64"]
+    metrics = results["wider_face"]
+    assert list(metrics) == ["all", "all_valid", "all@16", "all@32", "all@64"]
 
-    # The files written give the very same figures, which are percents of the fractions in results.json.
+    # The files written give the very same metrics, which are percents of the fractions in results.json.
     ground_truth = WiderGroundTruth.from_boxes(
         IDS, [d["gt_boxes"] for d in dataset], [d["attributes"] for d in dataset]
     )
@@ -100,12 +100,12 @@ def test_figures_files_and_table(dataset, tmp_path, caplog):
     again = evaluate_wider_face(ground_truth, predictions.detections)
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     for name in ("all", "all_valid"):
-        assert 0 < figures[name] < 100
-        assert figures[name] == 100 * again.curves[name].ap == 100 * saved[name]
+        assert 0 < metrics[name] < 100
+        assert metrics[name] == 100 * again.curves[name].ap == 100 * saved[name]
     assert saved["easy"] is None and saved["setting"] == {"test sizes": "640", "NMS": 0.5}
-    assert 100 > figures["all@16"] > figures["all@32"] > figures["all@64"] > 0
+    assert 100 > metrics["all@16"] > metrics["all@32"] > metrics["all@64"] > 0
     assert {name: saved[name] for name in saved if "@" in name} == {
-        f"all@{scale}": pytest.approx(figures[f"all@{scale}"] / 100, rel=1e-15) for scale in NOISE
+        f"all@{scale}": pytest.approx(metrics[f"all@{scale}"] / 100, rel=1e-15) for scale in NOISE
     }
     assert (tmp_path / "out" / "pr_curves.npz").is_file()
     assert (tmp_path / "out" / "pr_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -115,18 +115,18 @@ def test_figures_files_and_table(dataset, tmp_path, caplog):
     head = lines.index("AP of each anchor scale's outputs alone, after an NMS among themselves:")
     assert [line.split() for line in [lines[head + 1], *lines[head + 3 : head + 6]]] == [
         ["scale", "All"],
-        *([f"@{scale}", f"{figures[f'all@{scale}']:.2f}"] for scale in NOISE),
+        *([f"@{scale}", f"{metrics[f'all@{scale}']:.2f}"] for scale in NOISE),
     ]
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1 and str(tmp_path / "ground_truth") in warnings[0]
 
 
 def test_by_scale_is_the_protocol_on_each_scale_alone(dataset):
-    """Each scale's detections may find every face, so that the figures of scales do not add up to that of all."""
+    """Each scale's detections may find every face, so that the metrics of scales do not add up to that of all."""
     outputs = outputs_of(dataset)
     evaluator = WiderFaceEvaluator(NAME)
     evaluator.process(dataset, outputs)
-    figures = evaluator.evaluate()["wider_face"]
+    metrics = evaluator.evaluate()["wider_face"]
     ground_truth = WiderGroundTruth.from_boxes(
         IDS, [d["gt_boxes"] for d in dataset], [d["attributes"] for d in dataset]
     )
@@ -138,8 +138,8 @@ def test_by_scale_is_the_protocol_on_each_scale_alone(dataset):
             x1, y1, x2, y2 = found.pred_boxes.tensor.double().unbind(dim=1)
             rows = torch.stack([x1, y1, x2 - x1, y2 - y1, found.scores.double()], dim=1)
             detections[image_id] = np.concatenate([rows[:, :4].numpy().round(3), rows[:, 4:].numpy().round(8)], axis=1)
-        assert figures[f"all@{scale}"] == 100 * evaluate_wider_face(ground_truth, detections).curves["all"].ap
-    assert sum(figures[f"all@{scale}"] for scale in NOISE) > 150
+        assert metrics[f"all@{scale}"] == 100 * evaluate_wider_face(ground_truth, detections).curves["all"].ap
+    assert sum(metrics[f"all@{scale}"] for scale in NOISE) > 150
 
 
 def test_a_detector_of_one_scale_has_the_total_there(dataset):
@@ -149,12 +149,12 @@ def test_a_detector_of_one_scale_has_the_total_there(dataset):
         output["instances_by_scale"] = output["instances"]
     evaluator = WiderFaceEvaluator(NAME)
     evaluator.process(dataset, outputs)
-    figures = evaluator.evaluate()["wider_face"]
-    assert list(figures) == ["all", "all_valid", "all@16"] and figures["all@16"] == figures["all"] > 0
+    metrics = evaluator.evaluate()["wider_face"]
+    assert list(metrics) == ["all", "all_valid", "all@16"] and metrics["all@16"] == metrics["all"] > 0
 
 
 @pytest.mark.parametrize("which", ["none", "one missing"])
-def test_no_figures_of_scales_rather_than_wrong_ones(dataset, tmp_path, caplog, which):
+def test_no_metrics_of_scales_rather_than_wrong_ones(dataset, tmp_path, caplog, which):
     """The final detections tell scales, too, but there a face has survived in one of them only."""
     outputs = outputs_of(dataset, with_scales=which != "none")
     assert outputs[4]["instances"].has("group_scales")
@@ -162,8 +162,8 @@ def test_no_figures_of_scales_rather_than_wrong_ones(dataset, tmp_path, caplog, 
     evaluator = WiderFaceEvaluator(NAME, str(tmp_path))
     with caplog.at_level(logging.INFO):
         evaluator.process(dataset, outputs)
-        figures = evaluator.evaluate()["wider_face"]
-    assert list(figures) == ["all", "all_valid"] and figures["all"] > 0
+        metrics = evaluator.evaluate()["wider_face"]
+    assert list(metrics) == ["all", "all_valid"] and metrics["all"] > 0
     assert "@" not in (tmp_path / "results.json").read_text() and "@16" not in caplog.text
 
 
@@ -187,11 +187,11 @@ def test_float_boxes_become_official_rows(dataset, tmp_path):
 def test_images_not_processed_are_reported(dataset, caplog):
     evaluator = WiderFaceEvaluator(NAME)
     evaluator.process(dataset[:4], outputs_of(dataset)[:4])
-    figures = evaluator.evaluate()["wider_face"]
+    metrics = evaluator.evaluate()["wider_face"]
     assert "5 of 9 images" in caplog.text
     full = WiderFaceEvaluator(NAME)
     full.process(dataset, outputs_of(dataset))
-    assert figures["all"] < full.evaluate()["wider_face"]["all"]
+    assert metrics["all"] < full.evaluate()["wider_face"]["all"]
 
 
 def test_no_detection_at_all(dataset):
@@ -208,13 +208,13 @@ def test_nan_is_refused_with_the_image(dataset):
         WiderFaceEvaluator(NAME).process(dataset[:1], outputs)
 
 
-def test_official_subsets_on_the_mini_set(data_dir, dataset):
-    """Through the evaluator, the published predictions give the expected figures."""
-    ground_truth_dir = data_dir / "mini_wider" / "widerface" / "ground_truth"
+def test_official_subsets_on_the_mini_set(shared_data, dataset):
+    """Through the evaluator, the published predictions give the expected metrics."""
+    ground_truth_dir = shared_data / "mini_wider" / "widerface" / "ground_truth"
     MetadataCatalog.remove(NAME)
     MetadataCatalog.get(NAME).set(ground_truth_dir=str(ground_truth_dir))
     ground_truth = WiderGroundTruth.from_mat_files(ground_truth_dir)
-    zip_path = data_dir / "mini_wider" / "predictions_detector_a.zip"
+    zip_path = shared_data / "mini_wider" / "predictions_detector_a.zip"
     evaluator = WiderFaceEvaluator(NAME, distributed=False)
     predictions = read_wider_predictions(zip_path, ground_truth.image_ids).detections
     for image_id, rows in predictions.items():
@@ -224,24 +224,24 @@ def test_official_subsets_on_the_mini_set(data_dir, dataset):
         alone = instances[:3]
         alone.group_scales = torch.full((len(alone),), 32.0)
         evaluator.process([{"image_id": image_id}], [{"instances": instances, "instances_by_scale": alone}])
-    figures = evaluator.evaluate()["wider_face"]
+    metrics = evaluator.evaluate()["wider_face"]
     subsets = ["easy", "medium", "hard", "all"]
-    assert list(figures) == [*subsets, "all_valid", *(f"{name}@32" for name in subsets)]
+    assert list(metrics) == [*subsets, "all_valid", *(f"{name}@32" for name in subsets)]
     alone = evaluate_wider_face(ground_truth, {image_id: rows[:3] for image_id, rows in predictions.items()})
     for name in subsets:
-        assert figures[f"{name}@32"] == pytest.approx(100 * alone.curves[name].ap, abs=0.05)  # from float32
-    expected = json.loads((data_dir / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
+        assert metrics[f"{name}@32"] == pytest.approx(100 * alone.curves[name].ap, abs=0.05)  # from float32
+    expected = json.loads((shared_data / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
     for name, ap in expected.items():
-        assert figures[name] == pytest.approx(100 * ap, abs=1e-4)
+        assert metrics[name] == pytest.approx(100 * ap, abs=1e-4)
 
 
-def test_official_files_of_other_images_are_not_used(data_dir, dataset):
+def test_official_files_of_other_images_are_not_used(shared_data, dataset):
     MetadataCatalog.remove(NAME)
-    MetadataCatalog.get(NAME).set(ground_truth_dir=str(data_dir / "mini_wider/widerface/ground_truth"))
+    MetadataCatalog.get(NAME).set(ground_truth_dir=str(shared_data / "mini_wider/widerface/ground_truth"))
     evaluator = WiderFaceEvaluator(NAME)
     evaluator.process(dataset, outputs_of(dataset, with_scales=False))
-    figures = evaluator.evaluate()["wider_face"]
-    assert list(figures) == ["all", "all_valid"] and figures["all"] > 0
+    metrics = evaluator.evaluate()["wider_face"]
+    assert list(metrics) == ["all", "all_valid"] and metrics["all"] > 0
 
 
 def test_the_test_set_gives_a_submission(tmp_path):
@@ -285,7 +285,7 @@ def _run_process(rank, port, output_dir, queue):
     os._exit(0)  # gloo's threads, which Detectron2 keeps a group of, now and then abort an orderly exit
 
 
-def test_two_processes_give_the_figures_of_one(dataset, tmp_path):
+def test_two_processes_give_the_metrics_of_one(dataset, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Prediction files: what is read, what is refused with which words, and what is written."""
+"""WIDER FACE's prediction files: what is read, what is refused with which words, and what is written."""
 
 import io
 import zipfile
@@ -6,14 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from gs_d2.evaluation.prediction_files import (
-    parse_wider_file,
-    quantize_detections,
-    read_wider_predictions,
-    write_wider_predictions,
-)
 from gs_d2.formats import files
-from gs_d2.formats.files import FileTree
+from gs_d2.formats.files import FileTree, quantize
+from gs_d2.formats.wider_predictions import parse_wider_file, read_wider_predictions, write_wider_predictions
 
 IDS = ["0--Parade/a_1", "0--Parade/a_2", "1--Hand/b_1"]
 GOOD = "a_1\n2\n1 2 3 4 0.5\n5.25 6 7 8 -1e-3\n"
@@ -154,7 +149,7 @@ def test_written_files_are_read_back(tmp_path, name):
     rows = np.float32(np.concatenate([boxes, scores], axis=1)).astype(float)
     write_wider_predictions({IDS[0]: rows, IDS[2]: np.zeros((0, 5))}, tmp_path / name)
     predictions = read_wider_predictions(tmp_path / name, IDS)
-    expected = quantize_detections(rows[np.argsort(-rows[:, 4])])
+    expected = quantize(rows[np.argsort(-rows[:, 4])])
     np.testing.assert_array_equal(predictions.detections[IDS[0]], expected)
     np.testing.assert_allclose(expected, rows[np.argsort(-rows[:, 4])], atol=6e-4)
     assert predictions.empty == [IDS[2]] and predictions.missing == [IDS[1]]

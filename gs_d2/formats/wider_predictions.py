@@ -1,7 +1,7 @@
-"""Files of predictions, read and written.
+"""WIDER FACE: files of predictions, read and written.
 
-A WIDER FACE prediction set is one `<event>/<image>.txt` an image: line 1 the image's name, line 2 the number
-of detections, then `x y w h score` a line, with w = x2 - x1 (no +1).
+A prediction set is one `<event>/<image>.txt` an image: line 1 the image's name, line 2 the number of detections, then
+`x y w h score` a line, with w = x2 - x1 (no +1).
 """
 
 import os
@@ -12,13 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from gs_d2.formats.files import FileTree, is_inside, parse_count, parse_rows
-
-from .progress import track
-
-_BOX_DECIMALS, _SCORE_DECIMALS = 3, 8
-BOX_FORMAT = " ".join([f"%.{_BOX_DECIMALS}f"] * 4)
-SCORE_FORMAT = f"%.{_SCORE_DECIMALS}f"
+from gs_d2.formats.files import BOX_FORMAT, SCORE_FORMAT, FileTree, is_inside, parse_count, parse_rows
+from gs_d2.formats.progress import track
 
 
 def parse_wider_file(text: str, where: str) -> np.ndarray:
@@ -110,16 +105,8 @@ def read_wider_predictions(path: str | os.PathLike, image_ids: Iterable[str]) ->
     return predictions
 
 
-def quantize_detections(detections: np.ndarray) -> np.ndarray:
-    """Rounds rows of a box and a score as the files do, so that a figure and its files agree exactly."""
-    detections = np.asarray(detections, dtype=np.float64).reshape(-1, 5)
-    boxes, scores = np.round(detections[:, :4], _BOX_DECIMALS), np.round(detections[:, 4:], _SCORE_DECIMALS)
-    return np.concatenate([boxes, scores], axis=1)
-
-
 def write_wider_predictions(detections: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes official prediction files, highest score first; also the format of a submission for the test
-    set.
+    """Writes official prediction files, highest score first; also the format of a submission for the test set.
 
     Args:
         detections: `<event>/<image>` -> ndarray[n, 5] `x y w h score`, w = x2 - x1. n = 0 writes a count of

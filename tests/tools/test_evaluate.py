@@ -1,4 +1,4 @@
-"""tools/evaluate.py as a user runs it: figures, files, errors of one line and exit codes."""
+"""tools/evaluate.py as a user runs it: metrics, files, errors of one line and exit codes."""
 
 import json
 import subprocess
@@ -17,27 +17,27 @@ def run(*arguments, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-def test_wider_face(data_dir, tmp_path):
-    mini = data_dir / "mini_wider"
+def test_wider_face(shared_data, tmp_path):
+    mini = shared_data / "mini_wider"
     done = run(
         "wider_face",
         *("--predictions", mini / "predictions_detector_a.zip"),
         *("--ground-truth", mini / "widerface" / "ground_truth"),
-        *("--output", tmp_path / "out", "--json", tmp_path / "deep" / "figures.json"),
-        *("--compare", data_dir / "wider_face" / "pr_curves", "--submission", tmp_path / "submission.zip"),
+        *("--output", tmp_path / "out", "--json", tmp_path / "deep" / "metrics.json"),
+        *("--compare", shared_data / "wider_face" / "pr_curves", "--submission", tmp_path / "submission.zip"),
     )
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "deep" / "figures.json").read_text())
-    expected = json.loads((data_dir / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
-    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert 0 < figures["all"] < figures["all_valid"] < 1
+    metrics = json.loads((tmp_path / "deep" / "metrics.json").read_text())
+    expected = json.loads((shared_data / "expected_ap.json").read_text())["mini_wider/predictions_detector_a.zip"]
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert 0 < metrics["all"] < metrics["all_valid"] < 1
     assert "94.19" in done.stdout and "130 of 130 images matched, 0 missing" in done.stdout
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == figures
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == metrics
     assert (tmp_path / "out" / "pr_curve.png").is_file() and (tmp_path / "out" / "pr_curves.npz").is_file()
     with zipfile.ZipFile(tmp_path / "submission.zip") as archive:
         assert len(archive.namelist()) == 130
 
-    # The submission evaluates to the same figures, and its curves can be compared with.
+    # The submission evaluates to the same metrics, and its curves can be compared with.
     done = run(
         "wider_face",
         *("--predictions", tmp_path / "submission.zip"),
@@ -47,10 +47,10 @@ def test_wider_face(data_dir, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again.json").read_text())
-    assert {name: again[name] for name in expected} == {name: figures[name] for name in expected}
+    assert {name: again[name] for name in expected} == {name: metrics[name] for name in expected}
 
 
-def test_needs_neither_torch_nor_detectron2(data_dir, tmp_path):
+def test_needs_neither_torch_nor_detectron2(shared_data, tmp_path):
     """A machine with numpy and scipy only: every other import of the table is made to fail."""
     code = (
         "import sys, runpy\n"
@@ -59,7 +59,7 @@ def test_needs_neither_torch_nor_detectron2(data_dir, tmp_path):
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    mini = data_dir / "mini_wider"
+    mini = shared_data / "mini_wider"
     arguments = ["wider_face", "--predictions", mini / "predictions_detector_a.zip"]
     arguments += ["--ground-truth", mini / "widerface" / "ground_truth"]
     command = [sys.executable, "-c", code, str(TOOL), *map(str, arguments)]
@@ -82,31 +82,31 @@ def test_fddb(tmp_path):
         *("--json", tmp_path / "j.json", "--output", tmp_path / "out", "--fit-ellipses"),
     )
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "j.json").read_text())
-    assert list(figures["disc_tpr"]) == list(figures["cont_tpr"]) == ["100", "200", "500", "1000", "2000"]
-    assert figures["disc_tpr"]["100"] == pytest.approx(1 / 3)
-    assert 0.2 < figures["cont_tpr"]["2000"] < 1 / 3
+    metrics = json.loads((tmp_path / "j.json").read_text())
+    assert list(metrics["disc_tpr"]) == list(metrics["cont_tpr"]) == ["100", "200", "500", "1000", "2000"]
+    assert metrics["disc_tpr"]["100"] == pytest.approx(1 / 3)
+    assert 0.2 < metrics["cont_tpr"]["2000"] < 1 / 3
     assert "33.33" in done.stdout and "1 of 2 images matched, 1 missing" in done.stdout
     assert (tmp_path / "out" / "roc_curve.png").is_file()
     assert np.load(tmp_path / "out" / "roc_curves.npz")["false_positives"].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("benchmark", "folder"), [("afw", "AFW"), ("pascal_face", "PASCAL")])
-def test_afw_and_pascal(data_dir, tmp_path, benchmark, folder):
-    detections = data_dir / "afw_pascal" / "detections" / folder / "Ours_Headhunter.txt"
+def test_afw_and_pascal(shared_data, tmp_path, benchmark, folder):
+    detections = shared_data / "afw_pascal" / "detections" / folder / "Ours_Headhunter.txt"
     arguments = [
         "--predictions",
         detections,
         "--ground-truth",
-        data_dir / "afw_pascal",
+        shared_data / "afw_pascal",
         "--json",
         tmp_path / "j",
     ]
     done = run(benchmark, *arguments, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "j").read_text())
-    assert figures["num_faces"] == {"afw": 473, "pascal_face": 1341}[benchmark]
-    assert f"{100 * figures['ap']:.2f}" in done.stdout and "y-shift 0," in done.stdout
+    metrics = json.loads((tmp_path / "j").read_text())
+    assert metrics["num_faces"] == {"afw": 473, "pascal_face": 1341}[benchmark]
+    assert f"{100 * metrics['ap']:.2f}" in done.stdout and "y-shift 0," in done.stdout
     done = run(benchmark, *arguments, "--y-shift", "0.2")
     assert "y-shift 0.2," in done.stdout
 
@@ -132,10 +132,10 @@ def test_errors_are_one_line_and_name_the_file(tmp_path):
         one_line_error(run(benchmark, "--predictions", empty, "--ground-truth", empty), empty, names)
 
 
-def test_wrong_predictions(data_dir, tmp_path):
-    ground_truth = data_dir / "mini_wider" / "widerface" / "ground_truth"
+def test_wrong_predictions(shared_data, tmp_path):
+    ground_truth = shared_data / "mini_wider" / "widerface" / "ground_truth"
     one_line_error(run("wider_face", "--predictions", tmp_path, "--ground-truth", ground_truth), tmp_path, ".txt")
-    with zipfile.ZipFile(data_dir / "mini_wider" / "predictions_detector_a.zip") as archive:
+    with zipfile.ZipFile(shared_data / "mini_wider" / "predictions_detector_a.zip") as archive:
         name = next(n for n in archive.namelist() if n.endswith(".txt"))
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text("x\n1\n1 2 3 4\n")
@@ -144,16 +144,16 @@ def test_wrong_predictions(data_dir, tmp_path):
     one_line_error(
         run(
             "afw",
-            *("--predictions", data_dir / "afw_pascal" / "detections" / "PASCAL" / "DPM.txt"),
-            *("--ground-truth", data_dir / "afw_pascal"),
+            *("--predictions", shared_data / "afw_pascal" / "detections" / "PASCAL" / "DPM.txt"),
+            *("--ground-truth", shared_data / "afw_pascal"),
         ),
         "no image of afw",
     )
 
 
-def test_missing_images_are_counted(data_dir, tmp_path):
-    ground_truth = data_dir / "mini_wider" / "widerface" / "ground_truth"
-    with zipfile.ZipFile(data_dir / "mini_wider" / "predictions_detector_a.zip") as archive:
+def test_missing_images_are_counted(shared_data, tmp_path):
+    ground_truth = shared_data / "mini_wider" / "widerface" / "ground_truth"
+    with zipfile.ZipFile(shared_data / "mini_wider" / "predictions_detector_a.zip") as archive:
         names = [n for n in archive.namelist() if n.endswith(".txt")]
         (tmp_path / "p").mkdir()
         archive.extractall(tmp_path / "p", names[:3])
@@ -169,5 +169,5 @@ def test_missing_images_are_counted(data_dir, tmp_path):
     )
     assert "3 of 130 images matched, 127 missing" in done.stdout
     assert "1 files are without detections" in done.stdout
-    figures = json.loads((tmp_path / "j").read_text())
-    assert (figures["num_missing"], figures["num_empty"]) == (127, 1) and figures["hard"] < 0.5
+    metrics = json.loads((tmp_path / "j").read_text())
+    assert (metrics["num_missing"], metrics["num_empty"]) == (127, 1) and metrics["hard"] < 0.5
