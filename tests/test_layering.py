@@ -69,15 +69,22 @@ RULES = {
         cfg="anywhere",
     ),
     "unread keys": Rule(files=("gs_d2/unread_keys.py",), may=()),
+    "command line": Rule(files=("gs_d2/command_line.py",), may=()),
+    "weights": Rule(  # without Detectron2
+        files=("gs_d2/weights.py",),
+        may=("numpy", "torch", "safetensors", "gs_d2.formats.whole_file"),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
     "checkpoint": Rule(
         files=("gs_d2/checkpoint.py",),
         may=(
             "numpy",
             "torch",
-            "safetensors",
             "detectron2.checkpoint.DetectionCheckpointer",
             "detectron2.utils.comm",
             "gs_d2.compat",
+            "gs_d2.formats.whole_file",
+            "gs_d2.weights",
         ),
         never=(TORCH_OPS_DIRECTLY,),
     ),
@@ -99,7 +106,7 @@ RULES = {
         may=(
             "timm",
             "torch",
-            "gs_d2.checkpoint.read_weights",
+            "gs_d2.weights.read_weights",
             "gs_d2.modeling.backbone",
             "gs_d2.modeling.bn_folding",
             *DETECTRON2_MODELING,
@@ -152,7 +159,7 @@ RULES = {
     ),
     "evaluation arithmetic": Rule(  # what the protocols stand on
         files=("gs_d2/evaluation/precision_recall.py", "gs_d2/evaluation/report.py"),
-        may=("numpy",),
+        may=("numpy", "gs_d2.formats.whole_file"),
     ),
     "curves": Rule(
         files=("gs_d2/evaluation/curves.py",),
@@ -378,6 +385,8 @@ VIOLATIONS = [
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.engine", "gs_d2.engine"),
     ("unread keys", "gs_d2/unread_keys.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
+    ("command line", "gs_d2/command_line.py", "import torch", "torch"),
+    ("weights", "gs_d2/weights.py", "from detectron2.checkpoint import DetectionCheckpointer", "detectron2.checkpoint"),
     ("checkpoint", "gs_d2/checkpoint.py", "from gs_d2.config import load_config", "gs_d2.config.load_config"),
     ("checkpoint", "gs_d2/checkpoint.py", "def f(cfg):\n    return cfg.OUTPUT_DIR", "cfg"),
     ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),

@@ -17,8 +17,8 @@ import torch
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from gs_d2.checkpoint import read_weights
 from gs_d2.modeling import TimmBackbone
+from gs_d2.weights import read_weights
 
 # Expansion, channels, repeats, stride of the first (MobileNetV2's Table 2); of EfficientNet-Lite0 also the kernel.
 MOBILENETV2 = [
