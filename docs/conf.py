@@ -1,10 +1,5 @@
 """Sphinx: `make docs` builds these pages into output/docs."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # autodoc reads this checkout
-
 from gs_d2 import __version__
 
 project = "gs_d2"

@@ -19,13 +19,20 @@ def parser_of(text: str | None, **options) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def bad_input_ends():
-    """Ends the program as argparse does where BAD_INPUT is raised: one line on stderr, and exit code 2.
+def bad_input_ends(*others: type[Exception], one_line: bool = True):
+    """Ends the program as argparse does where BAD_INPUT is raised: the message on stderr, and exit code 2.
 
     A context, or a decorator: `@bad_input_ends()`.
+
+    Args:
+        others: end it, too.
+        one_line: False keeps the lines of a message, such as that of `check_config`, which has one for each key.
     """
     try:
         yield
-    except BAD_INPUT as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (*BAD_INPUT, *others) as error:
+        text = " ".join(str(error).split()) if one_line else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            text += f"; install it: pip install {error.name}"
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)

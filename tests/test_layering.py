@@ -142,6 +142,7 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
     ),
+    "generated faces": Rule(files=("gs_d2/data/generated_faces.py",), may=("numpy", "scipy.io.savemat", "PIL", "tqdm")),
     "data": Rule(
         files=("gs_d2/data/*.py",),
         may=(
@@ -237,6 +238,11 @@ RULES = {
         ),
         never=(TORCH_OPS_DIRECTLY,),
     ),
+    "exported files": Rule(
+        files=("gs_d2/inference/exported.py",),
+        may=("numpy", "torch", "onnxruntime", "gs_d2.inference.export", "gs_d2.modeling.nms.top_nms"),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
     "inference": Rule(
         files=("gs_d2/inference/*.py",),
         may=(
@@ -316,6 +322,41 @@ RULES = {
             "gs_d2.inference",
             "gs_d2.modeling",
             "torch.nn.parallel.DistributedDataParallel",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
+    "conversion": Rule(  # of weights; the networks are asked for names and shapes
+        files=("gs_d2/conversion/*.py",),
+        may=(
+            "numpy",
+            "torch",
+            "torchvision.models.resnet",
+            "timm",
+            "onnx",
+            "gs_d2.conversion",
+            "gs_d2.modeling.pipelines",
+            "gs_d2.weights",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
+    "hits": Rule(files=("gs_d2/analysis/hits.py",), may=("numpy", "torch", "gs_d2.ops")),
+    "analysis": Rule(  # of a config: builds its parts, trains none
+        files=("gs_d2/analysis/*.py",),
+        may=(
+            "fvcore.nn",
+            "numpy",
+            "PIL",
+            "torch",
+            "tqdm",
+            "detectron2.data.DatasetCatalog",
+            "detectron2.layers",
+            "detectron2.modeling",
+            "detectron2.structures",
+            "gs_d2.config",
+            "gs_d2.data",
+            "gs_d2.model_zoo",
+            "gs_d2.modeling",
         ),
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
@@ -485,6 +526,11 @@ VIOLATIONS = [
         "from gs_d2.modeling.rpn import best_boxes",
         "gs_d2.modeling.rpn.best_boxes",
     ),
+    ("exported files", "gs_d2/inference/exported.py", "import onnx", "onnx"),
+    ("conversion", "gs_d2/conversion/x.py", "from gs_d2.checkpoint import Checkpointer", "gs_d2.checkpoint"),
+    ("hits", "gs_d2/analysis/hits.py", "import gs_d2.evaluation", "gs_d2.evaluation"),
+    ("analysis", "gs_d2/analysis/x.py", "from gs_d2.engine import Trainer", "gs_d2.engine.Trainer"),
+    ("generated faces", "gs_d2/data/generated_faces.py", "from detectron2.data import x", "detectron2.data.x"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),
     ("csrc/math", "csrc/math/x.h", "#include <torch/torch.h>", "<torch/torch.h>"),
     ("csrc/math", "csrc/math/x.h", "#  include <cuda_runtime.h>", "<cuda_runtime.h>"),
@@ -696,12 +742,76 @@ def test_no_file_knows_a_detectors_name(path):
     assert exported or not names & strings_of_code(ast.parse(text_of(path)))
 
 
+SCRIPT_FOLDERS = (".", "benchmarks", "demo", "dev", "examples", "tools")
+# The modules of these folders that are no scripts.
+SHARED_MODULES = {"common", "toy"}
+# Scripts that tests use otherwise than by `main`, and why.
+TESTED_WHOLE = {
+    "install_detectron2": "runs before gs_d2 is installed",
+    "preflight": "runs before anything is installed",
+    "detector": "the networks that it compares",
+    "faster_rcnn": "an example, whose parts are what it shows",
+    "train_net": "its trainer",
+    "setup": "no script of ours",
+}
+
+
+def script_files() -> list[str]:
+    paths = sorted(path for folder in SCRIPT_FOLDERS for path in ROOT.glob(f"{folder}/*.py"))
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def script_names() -> set[str]:
+    return {PurePosixPath(path).stem for path in script_files()} - SHARED_MODULES
+
+
 def test_the_project_does_not_depend_on_its_scripts():
-    """gs_d2 is installed without demo/, examples/, tools/, tests/ and train_net.py."""
-    scripts = {
-        path.stem for folder in (".", "demo", "examples", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")
-    }
-    scripts = (scripts | {"demo", "examples", "tools", "tests"}) - {"setup"}
+    """gs_d2 is installed without them."""
+    scripts = (script_names() | SHARED_MODULES | {*SCRIPT_FOLDERS, "tests"}) - {"setup"}
     for path in source_files():
         if path.endswith(".py"):
             assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path
+
+
+@pytest.mark.parametrize("path", script_files())
+def test_a_script_is_thin(path):
+    """It says in its first line what it is, imports no other script, and gs_d2 as it is installed."""
+    tree = ast.parse(text_of(path))
+    assert (ast.get_docstring(tree) or "").split("\n")[0].rstrip().endswith("."), "its first line must say what it is"
+    assert not {name.split(".")[0] for name in imported_names(tree, path)} & script_names()
+    assert not re.search(r"sys\s*\.\s*path\s*\.\s*(insert|append)", ast.unparse(without_strings(tree)))
+
+
+def names_used_of_scripts(tree, path) -> set[str]:
+    """script.name of all that a file takes from scripts: imported, or as an attribute."""
+    scripts = script_names() - TESTED_WHOLE.keys()
+    used = {name for name in imported_names(tree, path) if "." in name}
+    used |= {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imported = {name.split(".")[0] for name in imported_names(tree, path)} & scripts
+    return {name for name in used if name.split(".")[0] in imported and name.count(".") == 1}
+
+
+TESTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_tests_use_of_a_script_its_command_line_alone(path):
+    used = names_used_of_scripts(ast.parse(text_of(path)), path)
+    assert {name for name in used if not name.endswith(".main")} == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "used"),
+    [
+        ("from evaluate import main", "evaluate.main"),
+        ("from evaluate import run_fddb", "evaluate.run_fddb"),
+        ("import evaluate\nevaluate.run_fddb(1)", "evaluate.run_fddb"),
+    ],
+)
+def test_what_a_test_uses_of_a_script_is_found(source, used):
+    assert names_used_of_scripts(ast.parse(source), "tests/test_x.py") == {used}
+
+
+def test_the_scripts_stay_small():
+    lines = {path: text_of(path).count("\n") for path in script_files()}
+    assert sum(lines[path] for path in lines if path.startswith(("benchmarks/", "dev/", "tools/"))) <= 2600
