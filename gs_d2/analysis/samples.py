@@ -101,7 +101,7 @@ class TrainedAnchors:
         anchors = Boxes.cat(rpn.anchor_generator(maps)).tensor
         faces, ignored = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignored))
         group_loss = rpn.group_loss
-        match_labels, _, _ = group_loss.match(anchors, [faces], [ignored], [image_size])
+        match_labels = group_loss.match(anchors, [faces], [ignored], [image_size]).labels
         scale_idxs, group_idxs = group_loss.group(anchors)
         sampled_labels = group_loss.sampler(match_labels, group_idxs, seed=seed)
         masks = (match_labels == 1, match_labels == 0, sampled_labels == 1, sampled_labels == 0)
