@@ -12,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.built ## draw a small data set, train on the CPU, evaluate, and write pictures to output/demo (about 10 minutes)
+demo: $(VENV)/.built ## generate a small data set, train on the CPU, evaluate, and write pictures to output/demo (about 10 minutes)
 	$(PY) tools/quickstart.py
 
 test: $(VENV)/.built ## the test suite (a few minutes on two cores)
