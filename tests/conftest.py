@@ -70,6 +70,34 @@ def drawn_datasets(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def register():
+    """Registers a data set in WIDER FACE's layout for as long as a module's tests run."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from gs_d2.data import register_wider_face
+
+    names = []
+
+    def register(name, list_file, image_root) -> str:
+        register_wider_face(name, list_file, image_root)
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+
+
+@pytest.fixture(scope="module")
+def generated_train(register, drawn_datasets) -> str:
+    """Name of the training set of `drawn_datasets`."""
+    base = drawn_datasets / "widerface"
+    lists = base / "wider_face_split"
+    return register("generated_train", lists / "wider_face_train_bbx_gt.txt", base / "WIDER_train" / "images")
+
+
 def write_face_eval_annotations(path, objects_of):
     """face-eval's .mat: image file name -> rows (x1, y1, x2, y2, a flag that nothing reads, ignore)."""
     records = np.zeros((len(objects_of), 1), dtype=[("imgname", "O"), ("objects", "O")])

@@ -7,39 +7,26 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_backbone
 from PIL import Image
 
 from gs_d2.analysis import samples
 from gs_d2.config import add_gs_config
-from gs_d2.data import FaceDatasetMapper, register_wider_face
+from gs_d2.data import FaceDatasetMapper
 
 ROOT = Path(__file__).resolve().parents[2]
 FIG_2 = ["RPN", "FPN", "FPN-finest-stride", "FPN-finest", "FPN-finest-sampling"]
 
 
-def record(iteration):
-    return json.dumps({"iteration": iteration, "total_loss": 1.0})
-
-
-def group_record(iteration, factor=1.0):
-    names = ("pos_matched", "neg_matched", "pos_sampled", "neg_sampled")
-    values = {
-        f"groups/{name}@{scale}": factor * (10 * i + k)
-        for i, name in enumerate(names)
-        for k, scale in enumerate((128, 16, 32))
-    }
-    return json.dumps({"iteration": iteration, "groups/loss_cls@16": 0.5} | values)
-
-
 def test_means_over_the_run(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text("\n".join([group_record(0, 1.0), record(19), group_record(20, 3.0)]) + "\n")
-    counts = samples.read_counts(path)
-    assert counts["pos_matched"] == {16.0: 2.0, 32.0: 4.0, 128.0: 0.0}
-    assert list(counts["neg_sampled"]) == [16.0, 32.0, 128.0], "by scale, not in the order of the file"
-    assert counts["neg_sampled"] == {16.0: 62.0, 32.0: 64.0, 128.0: 60.0}
+    values = {f"groups/{name}@{scale}": i + scale for i, name in enumerate(samples.TITLES) for scale in (128, 16)}
+    thrice = {key: 3 * value for key, value in values.items()}
+    records = [{"groups/loss_cls@16": 0.5} | values, {"iteration": 19, "total_loss": 1.0}, thrice]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, records)) + "\n")
+    counts = samples.read_counts(tmp_path / "metrics.json")
+    assert counts["pos_matched"] == {16.0: 32.0, 128.0: 256.0}
+    assert list(counts["neg_sampled"].items()) == [(16.0, 38.0), (128.0, 262.0)], "by scale, not as in the file"
     assert counts["loss_cls"] == {16.0: 0.5}
 
 
@@ -64,29 +51,6 @@ def trained_anchors():
     """The five detectors of Fig. 2 by name."""
     paths = [ROOT / f"configs/wider/{name}.yaml" for name in samples.FIG_2]
     return {samples.detector_name(path): samples.TrainedAnchors(path) for path in paths}
-
-
-@pytest.fixture(scope="module")
-def register():
-    """Registers a data set for as long as this module's tests run."""
-    names = []
-
-    def register(name, list_file, image_root):
-        register_wider_face(name, list_file, image_root)
-        names.append(name)
-        return name
-
-    yield register
-    for name in names:
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name)
-
-
-@pytest.fixture(scope="module")
-def drawn(register, drawn_datasets):
-    base = drawn_datasets / "widerface"
-    lists = base / "wider_face_split"
-    return register("sample_distribution_drawn", lists / "wider_face_train_bbx_gt.txt", base / "WIDER_train" / "images")
 
 
 @pytest.fixture(scope="module")
@@ -198,28 +162,28 @@ def test_detectors_with_the_same_anchors_see_the_same_views(real):
             assert detectors[one][label] == detectors[other][label]
 
 
-def test_one_config(drawn):
+def test_one_config(generated_train):
     (path,) = (ROOT / "configs/wider").glob("fpn_finest_sampling.yaml")
-    counts = samples.count_annotations([path], drawn)
+    counts = samples.count_annotations([path], generated_train)
     assert counts["images"] == 6 and list(counts["detectors"]) == ["FPN-finest-sampling"]
 
 
-def test_a_configs_views_around_a_face_are_counted(drawn, tmp_path):
+def test_a_configs_views_around_a_face_are_counted(generated_train, tmp_path):
     text = f"_BASE_: {ROOT / 'configs/wider/fpn_finest_sampling.yaml'}\nINPUT: {{GS: "
     for name, keys in (("plain", "{}"), ("jitter", "{COLOR_JITTER: 0.4}"), ("crops", "{FACE_CROP_PROB: 1.0}")):
         (tmp_path / f"{name}.yaml").write_text(f"{text}{keys}}}\n")
     paths = [tmp_path / f"{name}.yaml" for name in ("plain", "jitter", "crops")]
-    plain, jitter, crops = samples.count_annotations(paths, drawn)["detectors"].values()
+    plain, jitter, crops = samples.count_annotations(paths, generated_train)["detectors"].values()
     assert plain == jitter != crops, "colours have no part in it"
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])
-def test_boxes_of_a_blank_image_are_those_of_the_real_one(drawn, prob):
+def test_boxes_of_a_blank_image_are_those_of_the_real_one(generated_train, prob):
     cfg = get_cfg()
     add_gs_config(cfg)
     cfg.INPUT.GS.FACE_CROP_PROB = prob
     mapper = FaceDatasetMapper(cfg, is_train=True)
-    for i, record in enumerate(DatasetCatalog.get(drawn)):
+    for i, record in enumerate(DatasetCatalog.get(generated_train)):
         np.random.seed(i)
         expected = mapper(record)
         np.random.seed(i)

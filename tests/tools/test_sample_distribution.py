@@ -5,11 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from sample_distribution import main
-
-from gs_d2.data import register_wider_face
 
 ROOT = Path(__file__).resolve().parents[2]
 FIG_2 = ["RPN", "FPN", "FPN-finest-stride", "FPN-finest", "FPN-finest-sampling"]
@@ -91,34 +88,12 @@ def test_several_runs_side_by_side(run_command, tmp_path):
     assert lines[4].split() == ["fpn_finest", "negative", "19.87", "20.51", "19.23", "59.62"]
 
 
-@pytest.fixture(scope="module")
-def register():
-    """Registers a data set for as long as this module's tests run."""
-    names = []
-
-    def register(name, list_file, image_root):
-        register_wider_face(name, list_file, image_root)
-        names.append(name)
-        return name
-
-    yield register
-    for name in names:
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name)
-
-
-@pytest.fixture(scope="module")
-def drawn(register, drawn_datasets):
-    base = drawn_datasets / "widerface"
-    lists = base / "wider_face_split"
-    return register("sample_distribution_drawn", lists / "wider_face_train_bbx_gt.txt", base / "WIDER_train" / "images")
-
-
-def test_command_counts_annotations(drawn, tmp_path, run_command):
+def test_command_counts_annotations(generated_train, tmp_path, run_command):
     outputs = [tmp_path / "a" / "fig2.png", tmp_path / "b.png", tmp_path / "c.png"]
     printed = ""
     for output, seed in zip(outputs, "001", strict=True):
-        printed += run_command(main, "--dataset", drawn, "--num-images", 4, "--seed", seed, "--output", output)[1]
+        arguments = ["--dataset", generated_train, "--num-images", 4, "--seed", seed]
+        printed += run_command(main, *arguments, "--output", output)[1]
     counted = [json.loads(output.with_suffix(".json").read_text()) for output in outputs]
     assert counted[0] == counted[1] != counted[2]
     assert counted[0]["image_sizes"]["read"] == 4 == counted[0]["images"]
@@ -129,7 +104,7 @@ def test_command_counts_annotations(drawn, tmp_path, run_command):
     assert "image sizes: 4 read from the files" in printed
 
 
-def test_what_cannot_be_counted(drawn, tmp_path, register, run_command):
+def test_what_cannot_be_counted(generated_train, tmp_path, register, run_command):
     def message(*arguments):
         status, _, err = run_command(main, *arguments, "--output", tmp_path / "out.png")
         assert status == 2 and not (tmp_path / "out.png").exists() and not (tmp_path / "out.json").exists()
@@ -144,6 +119,6 @@ def test_what_cannot_be_counted(drawn, tmp_path, register, run_command):
     (tmp_path / "list.txt").write_text("0--Parade/a.jpg\n")
     name = register("sample_distribution_no_faces", tmp_path / "list.txt", "no images")
     assert f"{name} has no annotated faces" in message("--dataset", name)
-    assert "needs none of --config-file" in message("metrics.json", "--dataset", drawn)
+    assert "needs none of --config-file" in message("metrics.json", "--dataset", generated_train)
     for wrong in (["--num-images", 0], ["--seed", -1]):
         assert "--num-images must be at least 1 and --seed at least 0" in message(*wrong)
