@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 
 import gs_d2.modeling.group_loss
+from gs_d2.collect_env import cpu_name
 from gs_d2.command_line import parser_of
 from gs_d2.formats.whole_file import write_text
 from gs_d2.modeling import GroupSampler, TwoPassMatcher
@@ -62,7 +63,7 @@ def write_record(folder: str, name: str, record: dict, tables: str):
 
 def machine(device: torch.device) -> dict:
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -72,14 +73,6 @@ def machine(device: torch.device) -> dict:
 
 def on(machine: dict) -> str:
     return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 # Clocks
