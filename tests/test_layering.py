@@ -112,6 +112,12 @@ RULES = {
         may=("detectron2.modeling.META_ARCH_REGISTRY",),
         cfg="builders",
     ),
+    "box detector": Rule(  # knows no anchors, no samples and no losses
+        files=("gs_d2/modeling/box_detector.py",),
+        may=("torch", "gs_d2.modeling.nms", *DETECTRON2_MODELING),
+        never=(r"(?i)sampl|match|anchor|iou|rpn",),
+        cfg="builders",
+    ),
     "modeling": Rule(
         files=("gs_d2/modeling/*.py",),
         may=(
@@ -406,6 +412,8 @@ VIOLATIONS = [
         "gs_d2.modeling.meta_arch.RPNDetector",
     ),
     ("description", "gs_d2/modeling/description.py", "def ask(detector, cfg):\n    pass", "cfg"),
+    ("box detector", "gs_d2/modeling/box_detector.py", "from gs_d2.modeling import rpn", "gs_d2.modeling.rpn"),
+    ("box detector", "gs_d2/modeling/box_detector.py", "class A:\n    anchors = None", "anchor"),
     ("modeling", "gs_d2/modeling/anchors.py", "def __init__(self, cfg):\n    self.x = 1", "cfg"),
     ("modeling", "gs_d2/modeling/rpn.py", "class A:\n    def f(self):\n        return self.cfg.MODEL", "cfg"),
     ("modeling", "gs_d2/modeling/backbone.py", "def build_x(cfg):\n    return cfg.MODEL", "cfg"),

@@ -49,6 +49,7 @@ class BreakingDefault(NamedTuple):
 TOO_FEW_DETECTIONS = BreakingDefault(
     "TEST.DETECTIONS_PER_IMAGE", 100, "a WIDER FACE image has up to 1,968 faces; use 1000 or more", right_for_coco=True
 )
+LOOSE_NMS = BreakingDefault("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5", right_for_coco=True)
 OTHER_SAMPLES = [
     BreakingDefault(
         "MODEL.RPN.POSITIVE_FRACTION",
