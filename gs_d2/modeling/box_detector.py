@@ -8,6 +8,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from gs_d2.modeling.description import DetectionSettings
 from gs_d2.modeling.nms import select_detections
 
 
@@ -21,7 +22,8 @@ class BoxDetector(nn.Module):
       scores and any other fields, before NMS.
     - `tile_geometry` (property): (alignment, reach), in pixels. Cut at a multiple of `alignment`, a tile is seen as the
       whole image is there; it needs `reach` more pixels around it than half the receptive field of a ResNet-50.
-    - what it says of itself, see :class:`gs_d2.modeling.description.Description`.
+    - what it says of itself, see :class:`gs_d2.modeling.description.Description`; `test_settings` here reads
+      TEST.GS.SCORE_THRESH, TEST.DETECTIONS_PER_IMAGE, MODEL.RPN.NMS_THRESH and MODEL.RPN.{PRE,POST}_NMS_TOPK_TEST.
 
     Testing in several views of an image (:class:`gs_d2.inference.PyramidDetector`) uses `predict_candidates`,
     `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so (and
@@ -76,6 +78,16 @@ class BoxDetector(nn.Module):
             "channels_last": cfg.MODEL.GS.CHANNELS_LAST,
             "autocast_dtype": cfg.MODEL.GS.AUTOCAST_DTYPE,
         }
+
+    @classmethod
+    def test_settings(cls, cfg):
+        rpn = cfg.MODEL.RPN
+        return DetectionSettings(
+            score_thresh=cfg.TEST.GS.SCORE_THRESH,
+            before_nms=rpn.PRE_NMS_TOPK_TEST,
+            nms_thresh=rpn.NMS_THRESH,
+            max_detections=min(rpn.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+        )
 
     @property
     def device(self) -> torch.device:

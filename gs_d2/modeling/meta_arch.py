@@ -17,9 +17,9 @@ from torch import nn
 
 from gs_d2.modeling.box_detector import BoxDetector
 from gs_d2.modeling.description import (
+    DETECTION_LIMITS,
     LOOSE_NMS,
     OTHER_SAMPLES,
-    TOO_FEW_DETECTIONS,
     BreakingDefault,
     DetectionSettings,
 )
@@ -27,16 +27,7 @@ from gs_d2.modeling.roi_heads import GroupedHeads
 from gs_d2.unread_keys import OF_ROI_HEADS, OF_RPN_DETECTORS
 
 _OF_FIRST_STAGE = [
-    TOO_FEW_DETECTIONS,
-    BreakingDefault(
-        "MODEL.RPN.PRE_NMS_TOPK_TEST", 6000, "over all scales together it starves small faces; the paper keeps 50000"
-    ),
-    BreakingDefault(
-        "MODEL.RPN.POST_NMS_TOPK_TEST",
-        1000,
-        "it caps detections before TEST.DETECTIONS_PER_IMAGE does",
-        right_for_coco=True,
-    ),
+    *DETECTION_LIMITS,
     BreakingDefault(
         "MODEL.RPN.IOU_THRESHOLDS", [0.3, 0.7], "the paper's two-pass matching uses [0.4, 0.6]", training_only=True
     ),
@@ -92,16 +83,6 @@ class RPNDetector(BoxDetector):
         detector = super().from_config(cfg)
         generator = build_proposal_generator(cfg, detector["backbone"].output_shape())
         return {**detector, "proposal_generator": generator}
-
-    @classmethod
-    def test_settings(cls, cfg):
-        rpn = cfg.MODEL.RPN
-        return DetectionSettings(
-            score_thresh=cfg.TEST.GS.SCORE_THRESH,
-            before_nms=rpn.PRE_NMS_TOPK_TEST,
-            nms_thresh=rpn.NMS_THRESH,
-            max_detections=min(rpn.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
-        )
 
     @classmethod
     def breaking_defaults(cls, cfg):
