@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from detectron2.modeling import Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import small_config
 from torch import nn
 from torchvision.models import resnet18
 
@@ -679,7 +681,23 @@ def test_tiles_find_what_the_whole_image_has():
     torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-4)
 
 
-def test_face_detector_and_evaluation(drawn_datasets, tmp_path):
+def test_the_trainer_trains_and_evaluates_it(drawn_datasets, tmp_path):
+    own = (
+        "MODEL.META_ARCHITECTURE", "CenterNet", "MODEL.BACKBONE.NAME", "build_resnet_transposed_backbone",
+        "MODEL.RESNETS.OUT_FEATURES", ["res5"], "MODEL.GS.SAMPLER", "random",
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE", "smooth_l1", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (),
+    )  # fmt: skip
+    config = small_config(drawn_datasets, tmp_path, *own)
+    config.DATASETS.TEST = config.DATASETS.TRAIN
+    check_config(config)
+    trainer = engine.Trainer(config)
+    trainer.train()
+    summary = json.loads((tmp_path / "inference/engine_train/results.json").read_text())
+    assert summary["setting"]["boxes before NMS"] == 5000 and "all" in summary
+    assert not any("@" in name for name in summary), "there are no anchor scales"
+
+
+def test_face_detector(drawn_datasets, tmp_path):
     config = cfg("TEST.GS.PYRAMID", False)
     torch.save({"model": small_model().state_dict()}, tmp_path / "model.pth")
     picture = next(drawn_datasets.rglob("*.jpg"))
