@@ -1,4 +1,4 @@
-"""Group sampling: which labelled anchors take part in the loss (paper, section 4.2). Needs torch only."""
+"""Group sampling: chooses the labelled anchors that take part in the loss (paper, section 4.2). Needs torch only."""
 
 import torch
 from torch import Tensor
@@ -39,14 +39,14 @@ def first_of_each_group(group_idxs: Tensor, num_groups: int, count: int) -> Tens
 
 
 class GroupSampler:
-    """Draws the same number of samples from each group, positives : negatives = 1 : 3.
+    """Takes the same number of samples from each group, positives : negatives = 1 : 3.
 
     Args:
         num_groups (int): G; 1 is the usual sampling without groups.
         num_per_group (int): N of the paper, per image.
-        positive_fraction (float): largest share of positives in a group; without effect on "ohem_all" and "none".
+        positive_fraction (float): largest share of positives in a group; "ohem_all" and "none" do not use it.
         method: "random", "wrs", "ohem", or "ohem_all" (labels compete: the paper's OHEM without groups), see
-            :func:`gs_d2.ops.group_subsample`; "none" draws every labelled box.
+            :func:`gs_d2.ops.group_subsample`; "none" takes every labelled box.
     """
 
     METHODS = ("random", "wrs", "ohem", "ohem_all", "none")
@@ -61,8 +61,8 @@ class GroupSampler:
 
     @property
     def max_positives(self) -> int | None:
-        """The most positives that can be drawn from one image; None where no limit is known: with "none", and in a
-        subclass that draws in its own way, unless it states a limit of its own."""
+        """The most positives that can be sampled in one image. None if no limit is known: with "none", and in a
+        subclass with its own `__call__`, unless it overrides this."""
         if self.method == "none" or type(self).__call__ is not GroupSampler.__call__:
             return None
         share = 1.0 if self.labels_compete else self.positive_fraction
@@ -75,7 +75,7 @@ class GroupSampler:
 
     @property
     def needs_losses(self) -> bool:
-        """Whether the draw depends on the losses."""
+        """Whether sampling depends on the losses."""
         return self.method in ("wrs", "ohem", "ohem_all")
 
     def __call__(self, match_labels: Tensor, group_idxs: Tensor, losses: Tensor | None = None, seed=None) -> Tensor:
@@ -84,11 +84,11 @@ class GroupSampler:
         Args:
             match_labels (int8 Tensor[N] or [B, N]), group_idxs (int64 Tensor[N] or [B, N]): as
                 :func:`gs_d2.ops.group_subsample`.
-            losses (Tensor, shape of match_labels): classification loss of each anchor; looked at where `needs_losses`.
+            losses (Tensor, shape of match_labels): classification loss of each anchor; read if `needs_losses`.
             seed (int or 0-dim int64 Tensor): None draws one from torch's CPU generator.
 
         Returns:
-            int8 Tensor of match_labels' shape: 1 or 0 where drawn, -1 elsewhere.
+            int8 Tensor of match_labels' shape: 1 or 0 where sampled, -1 elsewhere.
         """
         if self.method == "none":
             return match_labels
@@ -114,8 +114,8 @@ class GroupSampler:
             bg_label (int): the number of classes in ROI heads, 0 in an RPN.
 
         Returns:
-            pos_idx, neg_idx (int64 Tensors): rows drawn, ascending. Their number depends on the labels, so this waits
-            for the GPU; the call itself does not.
+            pos_idx, neg_idx (int64 Tensors): rows of the samples, ascending. Their number depends on the labels, so
+            this waits for the GPU; calling the sampler does not.
         """
         match_labels = torch.where(labels == -1, -1, (labels != bg_label).to(torch.int8)).to(torch.int8)
         sampled = self(match_labels, group_idxs, losses, seed)

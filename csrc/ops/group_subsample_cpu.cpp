@@ -17,7 +17,7 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
   constexpr const char* op = "group_subsample";
   const Tensor labels = packed(op, "match_labels", match_labels);
   const Tensor groups = packed(op, "group_idxs", group_idxs);
-  const OptionalTensor weights = packed_if_given(op, "losses", losses);
+  const OptionalTensor packed_losses = packed_if_given(op, "losses", losses);
   Tensor sampled = new_tensor(op, "sampled labels", labels, shape_of(labels), ScalarType::Char);
   const int64_t n = shape.num_anchors;
   if (n == 0) return sampled;
@@ -25,7 +25,7 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
   for (int64_t i = 0; i < shape.num_images; ++i) {
     const SubsampleProblem problem{labels.const_data_ptr<int8_t>() + i * n,
                                    groups.const_data_ptr<int64_t>() + (shape.groups_per_image ? i * n : 0),
-                                   weights ? weights->const_data_ptr<float>() + i * n : nullptr,
+                                   packed_losses ? packed_losses->const_data_ptr<float>() + i * n : nullptr,
                                    n,
                                    num_groups,
                                    make_quota(num_per_group, positive_fraction),

@@ -14,7 +14,7 @@ Tensor group_subsample_cuda(const Tensor& match_labels, const Tensor& group_idxs
   return on_current_stream(op, match_labels, [&](cudaStream_t stream) {
     const Tensor labels = packed(op, "match_labels", match_labels);
     const Tensor groups = packed(op, "group_idxs", group_idxs);
-    const OptionalTensor weights = packed_if_given(op, "losses", losses);
+    const OptionalTensor packed_losses = packed_if_given(op, "losses", losses);
     Tensor sampled = new_tensor(op, "sampled labels", labels, shape_of(labels), ScalarType::Char);
     if (shape.num_images == 0 || shape.num_anchors == 0) return sampled;
 
@@ -23,7 +23,7 @@ Tensor group_subsample_cuda(const Tensor& match_labels, const Tensor& group_idxs
     SubsampleBatch batch{};
     batch.match_labels = labels.const_data_ptr<int8_t>();
     batch.group_idxs = groups.const_data_ptr<int64_t>();
-    batch.losses = weights ? weights->const_data_ptr<float>() : nullptr;
+    batch.losses = packed_losses ? packed_losses->const_data_ptr<float>() : nullptr;
     batch.num_images = shape.num_images;
     batch.num_anchors = shape.num_anchors;
     batch.num_groups = num_groups;

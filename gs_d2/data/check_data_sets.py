@@ -33,34 +33,34 @@ def check_data_sets(train_names=None, test_names=()):
             if name not in DatasetCatalog.list():
                 raise ValueError(f"{key}: {_not_registered(name)}")
             try:
-                check(name, _records(name))
+                check(name, _dataset_dicts(name))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{key} {name}: {' '.join(str(error).split())}") from error
 
 
-def check_test_images(name: str, records: list[dict] | None):
+def check_test_images(name: str, dataset_dicts: list[dict] | None):
     """Raises FileNotFoundError, saying where they belong, unless the images of a registered data set are there: those
-    of the records, or where these are not known the folder of them."""
+    of the dataset_dicts, or where these are not known the folder of them."""
     metadata = MetadataCatalog.get(name)
     image_root = metadata.get("image_root")
     if image_root is None:
         return
     title = "WIDER FACE" if metadata.get("evaluator_type") == "wider_face" else name
     hint = where_it_belongs(title, f"files of {image_root}")
-    if records is None:
+    if dataset_dicts is None:
         check_folder(image_root, hint)
     else:
-        check_images(records, image_root, hint)
+        check_images(dataset_dicts, image_root, hint)
 
 
-def _records(name) -> list[dict] | None:
+def _dataset_dicts(name) -> list[dict] | None:
     """What the data set holds; None of one with a JSON list, which is then known to be a file that can be opened."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is None:
-        records = DatasetCatalog.get(name)
-        if not len(records):
+        dataset_dicts = DatasetCatalog.get(name)
+        if not len(dataset_dicts):
             raise ValueError("it has no image")
-        return records
+        return dataset_dicts
     if not os.path.isfile(json_file):
         hint = where_it_belongs(name, f"the list {json_file}")
         raise FileNotFoundError(f"There is no list {json_file}. {hint}")
@@ -68,8 +68,8 @@ def _records(name) -> list[dict] | None:
         return None
 
 
-def _check_training(name, records):
-    if records is not None and not any(len(r.get("gt_boxes", r.get("annotations", ()))) for r in records):
+def _check_training(name, dataset_dicts):
+    if dataset_dicts is not None and not any(len(r.get("gt_boxes", r.get("annotations", ()))) for r in dataset_dicts):
         raise ValueError("it has no annotated faces to train on")
     check_test_images(name, None)  # one that is missing is left out, when its turn comes
 

@@ -50,7 +50,7 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
         faces = read_annotations(annotations, benchmark)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {hint}") from error
-    records = [
+    dataset_dicts = [
         {
             "file_name": os.path.join(image_root, f"{image}.jpg"),
             "image_id": image,
@@ -60,8 +60,8 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
         }
         for image, boxes in faces.boxes.items()
     ]
-    check_images(records, image_root, hint)
-    return records
+    check_images(dataset_dicts, image_root, hint)
+    return dataset_dicts
 
 
 def register_face_eval(name, benchmark, annotations, image_root):

@@ -40,9 +40,9 @@ def load_fddb(annotations, image_root) -> list[dict]:
         ellipses_of = read_annotations(annotations)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {hint}") from error
-    records = []
+    dataset_dicts = []
     for image, ellipses in ellipses_of.items():
-        records.append(
+        dataset_dicts.append(
             {
                 "file_name": os.path.join(image_root, f"{image}.jpg"),
                 "image_id": image,
@@ -52,8 +52,8 @@ def load_fddb(annotations, image_root) -> list[dict]:
                 "attributes": {},
             }
         )
-    check_images(records, image_root, hint)
-    return records
+    check_images(dataset_dicts, image_root, hint)
+    return dataset_dicts
 
 
 def register_fddb(name, annotations, image_root):

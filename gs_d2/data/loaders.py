@@ -16,8 +16,10 @@ _logger = logging.getLogger(__name__)
 
 def build_training_views(cfg) -> "TrainingViews":
     """The views of cfg.DATASETS.TRAIN by the project's augmentation; :class:`gs_d2.engine.TrainLoader` batches them."""
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    return TrainingViews(records, dataset_mapper_of(cfg.DATASETS.TRAIN[0])(cfg, is_train=True))
+    dataset_dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    return TrainingViews(dataset_dicts, dataset_mapper_of(cfg.DATASETS.TRAIN[0])(cfg, is_train=True))
 
 
 def build_test_loader(cfg, dataset_name: str):
@@ -27,8 +29,8 @@ def build_test_loader(cfg, dataset_name: str):
         FileNotFoundError: images of the data set are missing, now and not hours later. (One that cannot be read raises
             BadDataError with its name when its turn comes: an evaluation without it would be another benchmark's.)
     """
-    records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    check_test_images(dataset_name, records)
+    dataset_dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    check_test_images(dataset_name, dataset_dicts)
     return build_detection_test_loader(cfg, dataset_name, mapper=dataset_mapper_of(dataset_name)(cfg, is_train=False))
 
 
@@ -41,21 +43,21 @@ class TrainingViews(torch.utils.data.Dataset):
     of the images.
 
     Args:
-        records: dataset dicts.
+        dataset_dicts: dataset dicts.
         mapper: makes a view of one; BadDataError and FileNotFoundError mean that another is to take its place.
 
     Raises:
         RuntimeError: by an item for which 101 images (or all, where there are fewer) proved bad.
     """
 
-    def __init__(self, records: list[dict], mapper: FaceDatasetMapper):
-        self._records = DatasetFromList(records, copy=False)
+    def __init__(self, dataset_dicts: list[dict], mapper: FaceDatasetMapper):
+        self._dataset_dicts = DatasetFromList(dataset_dicts, copy=False)
         self._mapper = mapper
-        self._bad = torch.zeros(len(records), dtype=torch.bool).share_memory_()  # with all workers
+        self._bad = torch.zeros(len(dataset_dicts), dtype=torch.bool).share_memory_()  # with all workers
         self._boxes_reported = self._bad.clone().share_memory_()
 
     def __len__(self):
-        return len(self._records)
+        return len(self._dataset_dicts)
 
     def __getitem__(self, index: int) -> dict:
         view = self._view(index)
@@ -68,7 +70,7 @@ class TrainingViews(torch.utils.data.Dataset):
                 return view
             tried += int(other) != index
         raise RuntimeError(
-            f"{tried} images drawn in a row cannot be used, such as {self._records[index]['file_name']}; "
+            f"{tried} images tried in a row cannot be used, such as {self._dataset_dicts[index]['file_name']}; "
             f"{int(self._bad.sum())} of the {len(self)} images of the data set are known to be bad. The warnings above "
             "say why; check the data set and DETECTRON2_DATASETS"
         )
@@ -76,24 +78,24 @@ class TrainingViews(torch.utils.data.Dataset):
     def _view(self, index) -> dict | None:
         if self._bad[index]:
             return None
-        record = self._records[index]
+        dataset_dict = self._dataset_dicts[index]
         try:
-            view = self._mapper(record)
+            view = self._mapper(dataset_dict)
         except (BadDataError, FileNotFoundError) as error:
             self._bad[index] = True
             _logger.warning(f"Left out of training, for another image: {error}")
             return None
         if not self._boxes_reported[index]:
             self._boxes_reported[index] = True
-            self._report_boxes(record, view["height"], view["width"])
+            self._report_boxes(dataset_dict, view["height"], view["width"])
         return view
 
-    def _report_boxes(self, record, height, width):
-        boxes = record.get("gt_boxes", np.zeros((0, 4)))  # COCO's dicts have annotations instead
+    def _report_boxes(self, dataset_dict, height, width):
+        boxes = dataset_dict.get("gt_boxes", np.zeros((0, 4)))  # COCO's dicts have annotations instead
         off = off_the_image(boxes, height, width)
         if off.any():
             first = ", ".join(f"{value:g}" for value in boxes[off.argmax()])
             _logger.warning(
-                f"Left out of training: {int(off.sum())} of {len(boxes)} boxes of {record['file_name']}, which is "
-                f"{width} x {height} pixels; the first is from x1, y1, x2, y2 = {first}"
+                f"Left out of training: {int(off.sum())} of {len(boxes)} boxes of {dataset_dict['file_name']}, which "
+                f"is {width} x {height} pixels; the first is from x1, y1, x2, y2 = {first}"
             )

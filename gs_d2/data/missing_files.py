@@ -16,9 +16,11 @@ def check_folder(image_root, hint: str) -> None:
         raise FileNotFoundError(f"There is no folder {image_root} with the images. {hint}")
 
 
-def check_images(records: list[dict], image_root, hint: str) -> None:
+def check_images(dataset_dicts: list[dict], image_root, hint: str) -> None:
     """Raises FileNotFoundError, with numbers, an example and the hint, unless every `file_name` is there."""
     check_folder(image_root, hint)
-    missing = [record["file_name"] for record in records if not os.path.isfile(record["file_name"])]
+    missing = [d["file_name"] for d in dataset_dicts if not os.path.isfile(d["file_name"])]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are missing, first {missing[0]}. {hint}")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(dataset_dicts)} images are missing, first {missing[0]}. {hint}"
+        )

@@ -19,16 +19,16 @@ def register_subset(dataset_name: str, num_images: int) -> str:
     name = f"{dataset_name}_subset_{num_images}"
     if name in DatasetCatalog.list():
         return name
-    records = DatasetCatalog.get(dataset_name)
-    if len(records) <= num_images:
+    dataset_dicts = DatasetCatalog.get(dataset_name)
+    if len(dataset_dicts) <= num_images:
         return dataset_name
-    chosen = [records[i * len(records) // num_images] for i in range(num_images)]
+    chosen = [dataset_dicts[i * len(dataset_dicts) // num_images] for i in range(num_images)]
     metadata = MetadataCatalog.get(dataset_name).as_dict()  # after loading, which for COCO sets some of it
     metadata.pop("name")
     DatasetCatalog.register(name, lambda: chosen)
     MetadataCatalog.get(name).set(
         **metadata,
-        image_ids=[record["image_id"] for record in chosen],
-        subset_of=f"{num_images} of the {len(records)} images of {dataset_name}",
+        image_ids=[dataset_dict["image_id"] for dataset_dict in chosen],
+        subset_of=f"{num_images} of the {len(dataset_dicts)} images of {dataset_name}",
     )
     return name

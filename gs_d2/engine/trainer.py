@@ -117,7 +117,7 @@ class Trainer(DefaultTrainer):
             cfg, short_cut = periodic_config(cfg)
         if short_cut:
             _logger.info(
-                f"Evaluation after iteration {self.iter}: {short_cut}. These figures, periodic/... in TensorBoard, are "
+                f"Evaluation after iteration {self.iter}: {short_cut}. These results, periodic/... in TensorBoard, are "
                 "not those of the whole test, which comes after the last iteration"
             )
         average = self._trainer.weight_average
@@ -282,7 +282,7 @@ def periodic_config(cfg):
 
 
 def test_setting(cfg):
-    """What a figure depends on besides the weights; printed beside it."""
+    """The settings that results depend on besides the weights; printed beneath them."""
     gs, detector = cfg.TEST.GS, description_of(cfg.MODEL.META_ARCHITECTURE).test_settings(cfg)
     size = "original"
     pyramid = {}

@@ -65,7 +65,7 @@ class TrainingWatch(HookBase):
 class DetectionWatch(DatasetEvaluator):
     """Warns after an evaluation of scales without any detection, and of those whose detections have one score.
 
-    It gives no figures. Detections without `group_scales` are looked at together.
+    It gives no results. Detections without `group_scales` are looked at together.
 
     Args:
         dataset_name: named in the warning.

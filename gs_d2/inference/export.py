@@ -66,7 +66,7 @@ class ExportableDetector(nn.Module):
         pixels = F.pad(pixels, (0, (divisor - width % divisor) % divisor, 0, (divisor - height % divisor) % divisor))
         features = detector.backbone(pixels.contiguous(memory_format=detector.memory_format))
         anchors, logits, deltas = rpn.predict(features)
-        boxes, logits, _ = rpn.best_boxes(anchors, logits[0], deltas[0], (height, width), rpn.score_thresh_test)
+        boxes, logits, _ = rpn.best_boxes(anchors, logits[0], deltas[0], (height, width), rpn.score_thresh)
         if self.with_nms:
             # One NMS over all: top_nms looks at chunks until it has enough, with the same result. By logits, since
             # rounding may swap close probabilities.

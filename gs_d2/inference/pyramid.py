@@ -6,7 +6,7 @@ What is in memory: one level (or, of small ones, a batch of up to 2 megapixels),
 images, whose padded shapes are equal, since launching kernels costs more than running them there.
 
 No padding beyond the backbone's own stride is added to make shapes repeat: it would change the features along the
-border, and so the figures. WIDER FACE images are all 1,024 px wide, so few shapes occur as it is; what made memory grow
+border, and so the results. WIDER FACE images are all 1,024 px wide, so few shapes occur as it is; what made memory grow
 in other projects, cuDNN's search for the fastest algorithm for every new shape, is switched off here.
 """
 

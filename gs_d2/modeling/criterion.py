@@ -1,4 +1,4 @@
-"""The loss of eq. 2, for both stages: which samples count how much, classification and box regression.
+"""The loss of eq. 2, for both stages: the weight of each sample, classification and box regression.
 
 Shape shorthand: S boxes of all images one after another, G groups of an image, B images.
 """
@@ -21,13 +21,13 @@ _LOG_PERIOD = 20  # iterations between two writes of the group statistics, which
 
 
 class GroupCriterion:
-    """Eq. 2: the sum over groups of the mean losses of the samples drawn from each, averaged over images.
+    """Eq. 2: the sum over groups of the mean loss of each group's samples, averaged over images.
 
     Args:
         box2box_transform: eq. 13.
-        cls_loss_type: how samples weigh in their group. "softmax": alike; "focal": by focal loss's factor, over the
-            number of positives (at least 1), as RetinaNet does; "focal_normalized": by that factor over the group's sum
-            of it, the paper's Focal*, whose loss is the weighted mean.
+        cls_loss_type: the weight of a sample in its group. "softmax": all alike. "focal": focal loss's factor, divided
+            by the number of positives (at least 1), as in RetinaNet. "focal_normalized": that factor, divided by its
+            sum over the group, so that the loss is a weighted mean: the paper's Focal*.
         focal_alpha, focal_gamma: of focal loss.
         box_reg_loss_type, smooth_l1_beta: see :func:`gs_d2.modeling.losses.box_regression_loss`.
     """
@@ -68,8 +68,8 @@ class GroupCriterion:
 
         Args:
             cls_losses (Tensor[S], or [S, K] with `targets`): cross entropy of each box, or of each class of each box,
-                which then are summed. Those of boxes that were not drawn may be anything, infinity and NaN included.
-            sampled_labels (int8 Tensor[S]): 1 positive, 0 negative, -1 not drawn.
+                which then are summed. Losses of boxes that are not sampled may be infinite or NaN.
+            sampled_labels (int8 Tensor[S]): 1 positive, 0 negative, -1 not sampled.
             group_idxs (int64 Tensor[S]): in [0, num_groups); boxes of two images are never in one group.
             num_groups (int): B G.
             num_images (int): B.
@@ -105,7 +105,7 @@ class GroupCriterion:
 
         Args:
             pred_deltas, boxes, gt_boxes (Tensor[P, 4]): of boxes that are positive, and of any others.
-            valid (bool Tensor[P]): which are positive; the rest costs nothing, whatever its deltas.
+            valid (bool Tensor[P]): which are positive. The others have no loss, whatever their deltas.
             group_idxs, num_groups, num_images: as :meth:`classification`.
         """
         losses = box_regression_loss(
@@ -122,11 +122,11 @@ class GroupCriterion:
 def log_group_statistics(
     name: str, scales: list[float], scale_idxs: Tensor, match_labels: Tensor, sampled_labels: Tensor, cls_losses: Tensor
 ):
-    """Into TensorBoard, by scale: boxes matched and drawn, per image, and the mean loss of those drawn.
+    """Writes to TensorBoard, for each scale: boxes matched and sampled per image, and the mean loss of the samples.
 
-    And of their scores, the probability of being no background that the loss stands for: "pos_score" and "neg_score",
-    the means of positives and negatives, and "distinct_scores", how many different ones there are (to 1e-6) over the
-    number drawn. Where nothing of the kind was drawn there is no value.
+    Also three values of the samples' scores, the foreground probabilities that follow from the losses: "pos_score" and
+    "neg_score" (means over positives and negatives) and "distinct_scores" (the number of different scores, to 1e-6, by
+    the number of samples). A scale without such samples has no value.
 
     Args:
         name: prefix of the curves, "groups" for the first stage.
@@ -145,22 +145,22 @@ def log_group_statistics(
             "neg_sampled": sampled_labels == 0,
         }.items()
     }
-    drawn = sampled_labels >= 0
-    weights = group_mean_weights(drawn, scale_idxs, len(scales))
-    loss = torch.where(drawn, cls_losses.detach(), 0) * weights
+    sampled = sampled_labels >= 0
+    weights = group_mean_weights(sampled, scale_idxs, len(scales))
+    loss = torch.where(sampled, cls_losses.detach(), 0) * weights
     statistics["loss_cls"] = group_sums(loss, scale_idxs, len(scales)).mean(dim=0)
     values = torch.stack(list(statistics.values())).tolist()
     for label, row in zip(statistics, values, strict=True):
         for scale, value in zip(scales, row, strict=True):
             storage.put_scalar(f"{name}/{label}@{scale:g}", value, smoothing_hint=False)
-    rows = torch.nonzero(drawn.flatten())[:, 0]
-    of_rows = [x.expand_as(drawn).flatten()[rows] for x in (scale_idxs, sampled_labels, cls_losses.detach())]
+    rows = torch.nonzero(sampled.flatten())[:, 0]
+    of_rows = [x.expand_as(sampled).flatten()[rows] for x in (scale_idxs, sampled_labels, cls_losses.detach())]
     for label, value in _score_statistics(scales, *(x.cpu() for x in of_rows)).items():
         storage.put_scalar(f"{name}/{label}", value, smoothing_hint=False)
 
 
 def _score_statistics(scales: list[float], scale_idxs: Tensor, labels: Tensor, losses: Tensor) -> dict[str, float]:
-    """Of S boxes drawn."""
+    """Score statistics of S samples."""
     positive = labels == 1
     scores = torch.where(positive, torch.exp(-losses), -torch.expm1(-losses))
     statistics = {}

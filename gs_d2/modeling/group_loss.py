@@ -1,6 +1,22 @@
-"""From ground truth to the loss of eq. 2: matching, groups, the draw and its cost, for every detector here.
+"""From ground truth to the loss of eq. 2, for every detector here: match, group, sample, loss.
 
-Shape shorthand: B images, R boxes (anchors or proposals) of an image, G groups, K classes.
+Shape shorthand in this module:
+
+    B: number of images in the batch
+    R: number of boxes of an image: anchors, or proposals
+    G: number of groups of an image
+    K: number of classes
+
+Naming convention:
+
+    match: which ground truth a box belongs to, and its label: 1 (positive), 0 (negative) or -1 (ignored).
+
+    scale: the size, in pixels, that a box belongs to: the nearest of `group_scales`.
+
+    group: the boxes that compete with each other for being sampled. With group sampling there is one group for each
+    scale, without it one for all.
+
+    sample: a box that the sampler has chosen to train on. Sampled labels are match labels, with -1 for all other boxes.
 """
 
 from collections.abc import Callable
@@ -10,29 +26,30 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from gs_d2.modeling.criterion import GroupCriterion, log_group_statistics
-from gs_d2.modeling.matcher import TwoPassMatcher
+from gs_d2.modeling.matcher import Matches, TwoPassMatcher
 from gs_d2.modeling.nms import prune_overlapping
 from gs_d2.sampling import GroupSampler, group_by_scale
 
 
 class GroupLoss:
-    """What a detector needs to train by group sampling: it predicts, this says which predictions cost what.
+    """All that a detector needs to train by group sampling: matching, groups, sampler and loss.
 
     Detectors that predict for every anchor call :meth:`match` and :meth:`dense`. A second stage, which predicts only
-    for boxes that were drawn, calls the steps: :meth:`match`, :meth:`group`, :meth:`draw`, then `criterion`.
+    for sampled boxes, calls the steps: :meth:`match`, :meth:`group`, :meth:`sample`, then `criterion`.
 
     Args:
         matcher: which boxes are positive and negative.
-        sampler: which of them are trained on: a :class:`GroupSampler`, or any callable of match_labels, group_idxs and
-            losses that returns what :meth:`draw` does and has `num_groups`. It may also have `needs_losses` (False
-            spares the losses, which then are 0) and `max_positives` (int: the most positives of one image, so that box
-            regression looks at so many rows instead of at all boxes); without them it needs losses and has no limit.
-        criterion: what those cost.
-        group_scales: the scales, in pixels, that define the groups; statistics are kept by them even where the sampler
-            has a single group.
-        ohem_nms_thresh: OHEM's pruning before the draw: of boxes that compete (those of one group and label, or with
-            "ohem_all" of one group) and overlap by more, only the one of highest loss can be drawn. 1 is none; less
-            makes the label path wait for the GPU.
+        sampler: chooses which of them are trained on: a :class:`GroupSampler`, or any callable of match_labels,
+            group_idxs and losses that returns what :meth:`sample` does and has `num_groups`. It may also have two
+            attributes. `needs_losses`: False spares computing the losses, which then are 0; without it they are
+            computed. `max_positives` (int): the most positives of one image, so that box regression gathers that many
+            rows; without it, all boxes are computed and masked.
+        criterion: the loss of the samples.
+        group_scales: the scales, in pixels, that define the groups. Statistics are logged for each of them even where
+            the sampler has a single group.
+        ohem_nms_thresh: OHEM's pruning before sampling. Among boxes that compete (those of one group and label, or with
+            "ohem_all" of one group) and overlap by more than this IoU, only the one with the highest loss can be
+            sampled. 1 turns pruning off; with less, the label path waits for the GPU.
         name: prefix of the curves in TensorBoard.
     """
 
@@ -82,7 +99,7 @@ class GroupLoss:
                 others. Regions to ignore are enlarged to the smallest.
             iou_thresholds, iou_labels, batch_size_per_image, positive_fraction: the stage's Detectron2 keys of these
                 names.
-            criterion: what of :class:`GroupCriterion` is the stage's own.
+            criterion: the stage's own arguments of :class:`GroupCriterion`.
         """
         group_scales = list(gs.GROUP_SCALES) or list(scales)
         return cls(
@@ -113,34 +130,42 @@ class GroupLoss:
         gt_boxes: list[Boxes],
         ignore_boxes: list[Boxes] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`TwoPassMatcher.match_images`: match_labels, matched_gt_idxs, all_gt_boxes."""
+    ) -> Matches:
+        """:meth:`TwoPassMatcher.match_images`."""
         return self.matcher.match_images(boxes, gt_boxes, ignore_boxes, image_sizes)
 
     def group(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each of Tensor[..., 4] the index of its scale in `group_scales`, and the group it is sampled in: int64.
+        """Scales and groups of boxes.
 
-        They differ where the sampler has a single group.
+        Args:
+            boxes (Tensor[..., 4]): XYXY.
+
+        Returns:
+            scale_idxs (int64 Tensor[...]): index into `group_scales` of each box's scale.
+            group_idxs (int64 Tensor[...]): the group it is sampled in: `scale_idxs`, or 0 where the sampler has a
+                single group.
         """
         scale_idxs = group_by_scale((boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).sqrt(), self.group_scales)
         return scale_idxs, scale_idxs if self.sampler.num_groups > 1 else torch.zeros_like(scale_idxs)
 
     @property
     def needs_losses(self) -> bool:
-        """Whether the draw depends on the losses: unless the sampler says that it does not, it does."""
+        """Whether the sampler needs losses. A sampler that does not say so is given them."""
         return getattr(self.sampler, "needs_losses", True)
 
-    def draw(self, match_labels: Tensor, group_idxs: Tensor, cls_losses: Tensor, boxes: Callable[[], Tensor]) -> Tensor:
-        """Which boxes are trained on.
+    def sample(
+        self, match_labels: Tensor, group_idxs: Tensor, cls_losses: Tensor, boxes: Callable[[], Tensor]
+    ) -> Tensor:
+        """Chooses the boxes to train on.
 
         Args:
             match_labels (int8 Tensor[B, R]), group_idxs (int64 Tensor[R] or [B, R])
-            cls_losses (Tensor[B, R]): looked at where the sampler goes by losses, as :func:`gs_d2.ops.group_subsample`
-                does: infinity is the hardest sample, NaN the easiest.
-            boxes: gives the boxes [B, R, 4] that OHEM's pruning compares; called only if there is any.
+            cls_losses (Tensor[B, R]): read if the sampler needs losses, as by :func:`gs_d2.ops.group_subsample`:
+                infinity is the hardest sample, NaN the easiest.
+            boxes: returns the boxes [B, R, 4] that OHEM's pruning compares; called only if pruning is on.
 
         Returns:
-            int8 Tensor[B, R]: 1 or 0 where drawn, -1 elsewhere.
+            int8 Tensor[B, R]: 1 or 0 where sampled, -1 elsewhere.
         """
         cls_losses = cls_losses.detach()
         if self.ohem_nms_thresh < 1 and getattr(self.sampler, "method", None) in ("ohem", "ohem_all"):
@@ -151,17 +176,17 @@ class GroupLoss:
         return self.sampler(match_labels, group_idxs, cls_losses)
 
     def log(self, scale_idxs: Tensor, match_labels: Tensor, sampled_labels: Tensor, cls_losses: Tensor):
-        """:func:`log_group_statistics` of this stage."""
+        """Logs this stage's :func:`log_group_statistics`."""
         log_group_statistics(self.name, self.group_scales, scale_idxs, match_labels, sampled_labels, cls_losses)
 
     def all_groups(self, group_idxs: Tensor, num_images: int) -> tuple[Tensor, dict[str, int]]:
-        """Numbers the groups of all images through, for :class:`GroupCriterion`.
+        """Gives the groups of all images consecutive numbers, for :class:`GroupCriterion`.
 
         Args:
             group_idxs (int64 Tensor[R] or [B, R])
 
         Returns:
-            int64 Tensor[B, R], and the criterion's arguments `num_groups` and `num_images`.
+            int64 Tensor[B, R], and a dict of the criterion's arguments `num_groups` and `num_images`.
         """
         num_groups = self.sampler.num_groups
         first_group = torch.arange(num_images, device=group_idxs.device)[:, None] * num_groups
@@ -170,42 +195,40 @@ class GroupLoss:
     def dense(
         self,
         anchors: Tensor,
-        matches: tuple[Tensor, Tensor, Tensor],
+        matches: Matches,
         pred_logits: Tensor,
         pred_deltas: Tensor,
         cross_entropy: Callable[[Tensor], Tensor],
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 2 for predictions of every anchor: the sum over groups of the mean losses of the samples drawn from each,
-        averaged over images.
+        """Eq. 2 for predictions of every anchor: the sum over groups of the mean loss of each group's samples, averaged
+        over images.
 
-        Only samples reach the losses and their gradients: what is predicted for an anchor that is not drawn may be
-        infinite or NaN.
+        Only samples reach the losses and their gradients: the predictions of other anchors may be infinite or NaN.
 
         Args:
             anchors (Tensor[R, 4])
-            matches: what :meth:`match` returns for them.
+            matches: of :meth:`match`.
             pred_logits (Tensor[B, R, C]), pred_deltas (Tensor[B, R, 4])
-            cross_entropy: of logits [B, R, C] the losses [B, R], or [B, R, K] if each class has a cross entropy of its
-                own.
+            cross_entropy: maps logits [B, R, C] to losses [B, R], or to [B, R, K] if each class has its own cross
+                entropy.
             targets (bool Tensor[B, R, K]): which classes are present; only for losses [B, R, K].
 
         Returns:
             The classification and the regression term, scalars.
         """
-        match_labels, matched_gt_idxs, all_gt_boxes = matches
-        num_images, num_anchors = match_labels.shape
+        num_images, num_anchors = matches.labels.shape
         scale_idxs, group_idxs = self.group(anchors)
         all_losses = pred_logits.new_zeros(num_images, num_anchors)
         if self.needs_losses:
             with torch.no_grad():
                 all_losses = _of_anchors(cross_entropy(pred_logits), targets)
-        sampled_labels = self.draw(
-            match_labels, group_idxs, all_losses, lambda: self._decode(pred_deltas.detach(), anchors)
+        sampled_labels = self.sample(
+            matches.labels, group_idxs, all_losses, lambda: self._decode(pred_deltas.detach(), anchors)
         )
-        # Of the logits, not of the losses: a weight of 0 would make NaN of an infinite loss, and of its gradient.
+        # Mask logits, not losses: a weight of 0 times an infinite loss is NaN, and so is its gradient.
         cls_losses = cross_entropy(torch.where((sampled_labels >= 0)[..., None], pred_logits, 0.0))
-        self.log(scale_idxs, match_labels, sampled_labels, _of_anchors(cls_losses, targets))
+        self.log(scale_idxs, matches.labels, sampled_labels, _of_anchors(cls_losses, targets))
 
         group_idxs, counts = self.all_groups(group_idxs, num_images)
         group_idxs = group_idxs.flatten()
@@ -220,7 +243,7 @@ class GroupLoss:
         loss_loc = self.criterion.box_regression(
             pred_deltas.flatten(0, 1)[rows],
             anchors[rows % num_anchors],
-            all_gt_boxes[matched_gt_idxs.flatten()[rows]],
+            matches.gt_boxes[matches.gt_idxs.flatten()[rows]],
             valid,
             group_idxs[rows],
             **counts,
@@ -231,17 +254,17 @@ class GroupLoss:
         return torch.stack([self.criterion.box2box_transform.apply_deltas(deltas, anchors) for deltas in pred_deltas])
 
     def _positive_rows(self, sampled_labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the positives among all images' anchors, filled up to a fixed number (no wait for their count), and
-        which of the rows are positives. All rows, where the sampler states no limit."""
+        """Rows of the positives among the anchors of all images, padded to a fixed number so that nothing waits for
+        their count, and which of these rows are positives. All rows, if the sampler states no limit."""
         positive = (sampled_labels == 1).flatten()
         limit = getattr(self.sampler, "max_positives", None)
         if limit is None:
             return torch.arange(len(positive), device=positive.device), positive
         size = min(len(sampled_labels) * limit, len(positive))
-        if positive.device.type == "cpu" and positive.sum() > size:  # a GPU would have to be waited for
+        if positive.device.type == "cpu" and positive.sum() > size:  # on a GPU this check would wait for it
             raise ValueError(
-                f"{type(self.sampler).__name__} drew {int(positive.sum())} positives from {len(sampled_labels)} images,"
-                f" more than its max_positives of {limit} each"
+                f"{type(self.sampler).__name__} sampled {int(positive.sum())} positives in {len(sampled_labels)} "
+                f"images, more than its max_positives of {limit} each"
             )
         rows = torch.nonzero_static(positive, size=size, fill_value=-1)[:, 0]
         return rows.clamp(min=0), rows >= 0

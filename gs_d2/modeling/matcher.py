@@ -1,11 +1,28 @@
 """Two-pass matching of anchors to ground truth (paper, section 4.1)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import Tensor
 
 from gs_d2 import ops
+
+
+class Matches(NamedTuple):
+    """Which ground truth the boxes of a batch are matched to.
+
+    Attributes:
+        labels (int8 Tensor[B, R]): 1 positive, 0 negative, -1 ignored.
+        gt_idxs (int64 Tensor[B, R]): row of the matched ground truth in `gt_boxes`; any valid row where the label is
+            not 1.
+        gt_boxes (Tensor[M, 4]): XYXY; of all images.
+    """
+
+    labels: Tensor
+    gt_idxs: Tensor
+    gt_boxes: Tensor
 
 
 class TwoPassMatcher:
@@ -62,7 +79,7 @@ class TwoPassMatcher:
         gt_boxes: list[Boxes],
         ignore_boxes: list[Boxes] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Matches:
         """Matches a batch in one call.
 
         Args:
@@ -72,10 +89,7 @@ class TwoPassMatcher:
                 [0, width) x [0, height) becomes -1. None: no anchor is on padding.
 
         Returns:
-            match_labels (int8 Tensor[B, R]): 1, 0 or -1.
-            matched_gt_idxs (int64 Tensor[B, R]): row of the matched ground truth in `all_gt_boxes`.
-            all_gt_boxes (Tensor[M + 1, 4]): ground truth of all images and a last row of zeros, so that every index
-                is valid even without any ground truth.
+            Matches; a last row of zeros in its `gt_boxes` makes every index valid even without any ground truth.
         """
         all_gts, gt_offsets = _concatenate(gt_boxes, anchors)
         ignores = {}
@@ -84,7 +98,7 @@ class TwoPassMatcher:
         matched_idxs, match_labels, _ = self.match(all_gts, anchors, gt_offsets=gt_offsets, **ignores)
         if image_sizes is not None:
             match_labels.masked_fill_((match_labels == 0) & _centre_outside(anchors, image_sizes), -1)
-        return match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1))
+        return Matches(match_labels, matched_idxs + gt_offsets[:-1, None], F.pad(all_gts, (0, 0, 0, 1)))
 
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Matches on a given matrix, as Detectron2's ``Matcher`` does.

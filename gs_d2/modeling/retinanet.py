@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gs_d2.modeling.description import OTHER_SAMPLES, TOO_FEW_DETECTIONS, DetectionSettings
 from gs_d2.modeling.group_loss import GroupLoss
+from gs_d2.modeling.matcher import Matches
 from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.rpn_heads import DilatedRPNHead
 from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_HEADS
@@ -177,15 +178,15 @@ class GroupSamplingRetinaNet(RetinaNet):
         counts = [x.ignored.count(False) if x.has("ignored") else len(x) for x in gt_instances]
         objects = [x[:count] for x, count in zip(gt_instances, counts, strict=True)]
         ignore_boxes = [x.gt_boxes[count:] for x, count in zip(gt_instances, counts, strict=True)]
-        match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(
+        matches = self.group_loss.match(
             Boxes.cat(anchors).tensor,
             [x.gt_boxes for x in objects],
             ignore_boxes,
             [x.image_size for x in objects],
         )
         gt_classes = F.pad(torch.cat([x.gt_classes for x in objects]), (0, 1))
-        gt_labels = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)
-        return gt_labels.masked_fill(match_labels == -1, -1), all_gt_boxes[matched_gt_idxs]
+        gt_labels = torch.where(matches.labels == 1, gt_classes[matches.gt_idxs], self.num_classes)
+        return gt_labels.masked_fill(matches.labels == -1, -1), matches.gt_boxes[matches.gt_idxs]
 
     def losses(
         self,
@@ -215,7 +216,7 @@ class GroupSamplingRetinaNet(RetinaNet):
 
         loss_cls, loss_box_reg = self.group_loss.dense(
             Boxes.cat(anchors).tensor,
-            (match_labels, rows, gt_boxes.flatten(0, 1)),
+            Matches(match_labels, rows, gt_boxes.flatten(0, 1)),
             torch.cat(pred_logits, dim=1).float(),
             torch.cat(pred_anchor_deltas, dim=1).float(),
             cross_entropy,

@@ -26,8 +26,8 @@ class GroupedHeads(nn.Module):
     both stages. Subclasses say how boxes are scored, in :meth:`_predict`.
 
     The second stage of :class:`GroupedFastRCNN`, or of Detectron2's own ``GeneralizedRCNN``: same call and return as
-    Detectron2's ROI heads. Samplers that go by the loss score all proposals once without gradient, and train on those
-    drawn.
+    Detectron2's ROI heads. With a sampler that needs losses, all proposals are scored once without gradient; only the
+    samples are scored again, with gradient.
     """
 
     unread_keys = OF_ROI_HEADS
@@ -39,25 +39,27 @@ class GroupedHeads(nn.Module):
         in_features: list[str],
         num_classes: int,
         group_loss: GroupLoss,
+        box2box_transform: Box2BoxTransform,
         proposal_append_gt: bool = True,
         loss_weight: dict[str, float] | None = None,
         score_ensemble: str = "arithmetic",
-        score_thresh_test: float = 0.0,
-        nms_thresh_test: float = 0.5,
+        score_thresh: float = 0.0,
+        nms_thresh: float = 0.5,
         max_detections: int = 100,
     ):
         """
         Args:
             in_features: names of the feature maps that boxes are pooled from.
             num_classes: K.
-            group_loss: which proposals are trained on, and what they cost; its `group_scales` are the reference scales.
+            group_loss: matching, groups, sampler and loss; its `group_scales` are the reference scales.
+            box2box_transform: decodes the deltas; the one of `group_loss`.
             proposal_append_gt: in training also propose the ground truth.
             loss_weight: factors of "loss_cls" and "loss_box_reg"; None is 1 for both.
             score_ensemble: "arithmetic" or "geometric" mean of the scores of both stages, or "none": the second's. The
                 first stage's is one objectness for all classes: its arithmetic mean with a class that the second stage
                 rules out would still be up to 0.5, so with several classes use the geometric one.
-            score_thresh_test: probability below which a detection is dropped.
-            nms_thresh_test: IoU above which the lower-scored of two detections of a class is dropped.
+            score_thresh: probability below which a detection is dropped.
+            nms_thresh: IoU above which the lower-scored of two detections of a class is dropped.
             max_detections: the most detections kept of an image.
         """
         super().__init__()
@@ -66,11 +68,12 @@ class GroupedHeads(nn.Module):
         self.in_features = in_features
         self.num_classes = num_classes
         self.group_loss = group_loss
+        self.box2box_transform = box2box_transform
         self.proposal_append_gt = proposal_append_gt
         self.loss_weight = loss_weight or {}
         self.score_ensemble = score_ensemble
-        self.score_thresh_test = score_thresh_test
-        self.nms_thresh_test = nms_thresh_test
+        self.score_thresh = score_thresh
+        self.nms_thresh = nms_thresh
         self.max_detections = max_detections
 
     @classmethod
@@ -78,6 +81,7 @@ class GroupedHeads(nn.Module):
         heads, head, gs = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.GS.ROI
         if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
             raise ValueError(f"{cls.__name__} finds boxes only: set MODEL.MASK_ON and MODEL.KEYPOINT_ON False")
+        box2box_transform = Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS)
         return {
             "in_features": heads.IN_FEATURES,
             "num_classes": heads.NUM_CLASSES,
@@ -89,15 +93,16 @@ class GroupedHeads(nn.Module):
                 batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
                 positive_fraction=heads.POSITIVE_FRACTION,
                 name="roi_groups",
-                box2box_transform=Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS),
+                box2box_transform=box2box_transform,
                 box_reg_loss_type=head.BBOX_REG_LOSS_TYPE,
                 smooth_l1_beta=head.SMOOTH_L1_BETA,
             ),
+            "box2box_transform": box2box_transform,
             "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
             "loss_weight": {"loss_box_reg": head.BBOX_REG_LOSS_WEIGHT},
             "score_ensemble": gs.SCORE_ENSEMBLE,
-            "score_thresh_test": cfg.TEST.GS.SCORE_THRESH,
-            "nms_thresh_test": heads.NMS_THRESH_TEST,
+            "score_thresh": cfg.TEST.GS.SCORE_THRESH,
+            "nms_thresh": heads.NMS_THRESH_TEST,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
@@ -129,7 +134,7 @@ class GroupedHeads(nn.Module):
             boxes = [x.proposal_boxes for x in proposals]
             return [], self.losses(self._maps(features), boxes, targets, ignore_boxes)
         candidates = self.predict_candidates(features, proposals)
-        limits = self.num_classes, self.nms_thresh_test, self.max_detections
+        limits = self.num_classes, self.nms_thresh, self.max_detections
         return [select_detections(x, *limits) for x in candidates], {}
 
     def _maps(self, features: dict[str, Tensor]) -> list[Tensor]:
@@ -143,11 +148,12 @@ class GroupedHeads(nn.Module):
             proposals = [Boxes.cat([x, gts]) for x, gts in zip(proposals, gt_boxes, strict=True)]
         boxes = nn.utils.rnn.pad_sequence([x.tensor for x in proposals], batch_first=True)  # [B, R, 4]
         num_images, num_boxes = boxes.shape[:2]
-        match_labels, matched_gt_idxs, all_gt_boxes = self.group_loss.match(boxes, gt_boxes, ignore_boxes)
+        matches = self.group_loss.match(boxes, gt_boxes, ignore_boxes)
         counts = torch.tensor([len(x) for x in proposals], device=boxes.device)
-        match_labels[torch.arange(num_boxes, device=boxes.device) >= counts[:, None]] = -1  # what only fills up
+        padding = torch.arange(num_boxes, device=boxes.device) >= counts[:, None]
+        match_labels = matches.labels.masked_fill(padding, -1)
         gt_classes = F.pad(torch.cat([x.gt_classes for x in targets]), (0, 1), value=self.num_classes)
-        classes = torch.where(match_labels == 1, gt_classes[matched_gt_idxs], self.num_classes)
+        classes = torch.where(match_labels == 1, gt_classes[matches.gt_idxs], self.num_classes)
         scale_idxs, group_idxs = self.group_loss.group(boxes)
 
         def cross_entropy(rows):
@@ -159,24 +165,24 @@ class GroupedHeads(nn.Module):
             labelled = torch.nonzero(match_labels.flatten() >= 0)[:, 0]
             with torch.no_grad():
                 cls_losses.view(-1)[labelled], _ = cross_entropy(labelled)
-        sampled_labels = self.group_loss.draw(match_labels, group_idxs, cls_losses, lambda: boxes)
+        sampled_labels = self.group_loss.sample(match_labels, group_idxs, cls_losses, lambda: boxes)
 
         rows = torch.nonzero(sampled_labels.flatten() >= 0)[:, 0]
-        drawn_losses, deltas = cross_entropy(rows)
-        cls_losses.view(-1)[rows] = drawn_losses.detach()
+        losses_of_samples, deltas = cross_entropy(rows)
+        cls_losses.view(-1)[rows] = losses_of_samples.detach()
         self.group_loss.log(scale_idxs, match_labels, sampled_labels, cls_losses)
 
         group_idxs, counts = self.group_loss.all_groups(group_idxs, num_images)
-        drawn_groups, drawn_labels = group_idxs.flatten()[rows], sampled_labels.flatten()[rows]
+        sampled_groups, labels_of_samples = group_idxs.flatten()[rows], sampled_labels.flatten()[rows]
         criterion = self.group_loss.criterion
         losses = {
-            "loss_cls": criterion.classification(drawn_losses, drawn_labels, drawn_groups, **counts),
+            "loss_cls": criterion.classification(losses_of_samples, labels_of_samples, sampled_groups, **counts),
             "loss_box_reg": criterion.box_regression(
                 self._of_class(deltas, classes.flatten()[rows]),
                 boxes.view(-1, 4)[rows],
-                all_gt_boxes[matched_gt_idxs.flatten()[rows]],
-                drawn_labels == 1,
-                drawn_groups,
+                matches.gt_boxes[matches.gt_idxs.flatten()[rows]],
+                labels_of_samples == 1,
+                sampled_groups,
                 **counts,
             ),
         }
@@ -190,7 +196,7 @@ class GroupedHeads(nn.Module):
             features, proposals: as :meth:`forward`.
 
         Returns:
-            For each image the refined proposals, those of a score of at least `score_thresh_test`, in the proposals'
+            For each image the refined proposals, those of a score of at least `score_thresh`, in the proposals'
             order, with the fields of :meth:`forward`'s detections, `logits` of their scores and the proposals' other
             fields.
         """
@@ -200,14 +206,14 @@ class GroupedHeads(nn.Module):
         rows = torch.cat([torch.arange(len(x), device=boxes.device) + i * num_boxes for i, x in enumerate(proposals)])
         logits, deltas = self._predict(maps, boxes, rows)
         second = class_logits(logits)
-        refined = self.group_loss.criterion.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
+        refined = self.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
         lengths = [len(x) for x in proposals]
         results = []
         for x, logits, decoded in zip(proposals, second.split(lengths), refined.split(lengths), strict=True):
             logits = ENSEMBLES[self.score_ensemble](x.objectness_logits.float()[:, None], logits)
             scores = logits.sigmoid()
             finite = torch.isfinite(decoded).all(dim=1, keepdim=True) & torch.isfinite(scores)
-            kept, classes = torch.nonzero(finite & (scores >= self.score_thresh_test)).unbind(dim=1)
+            kept, classes = torch.nonzero(finite & (scores >= self.score_thresh)).unbind(dim=1)
             detections = x[kept]
             fields = detections.get_fields()
             fields.pop("proposal_boxes"), fields.pop("objectness_logits")
@@ -277,7 +283,7 @@ class GroupedROIHeads(GroupedHeads):
             "box_head": box_head,
             "box_predictor": FastRCNNOutputLayers(
                 box_head.output_shape,
-                box2box_transform=heads["group_loss"].criterion.box2box_transform,
+                box2box_transform=heads["box2box_transform"],
                 num_classes=heads["num_classes"],
                 cls_agnostic_bbox_reg=head.CLS_AGNOSTIC_BBOX_REG,
             ),

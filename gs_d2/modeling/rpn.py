@@ -41,7 +41,7 @@ class GroupSamplingRPN(torch.nn.Module):
         pre_nms_topk: tuple[int, int],
         post_nms_topk: tuple[int, int],
         nms_thresh: float = 0.5,
-        score_thresh_test: float = 0.0,
+        score_thresh: float = 0.0,
         min_box_size: float = 0.0,
         loss_weight: dict[str, float] | None = None,
         proposal_scales: list[float] | None = None,
@@ -56,7 +56,7 @@ class GroupSamplingRPN(torch.nn.Module):
             box2box_transform: eq. 13.
             pre_nms_topk, post_nms_topk: (training, test) boxes kept before and after NMS, over all feature maps.
             nms_thresh: IoU above which the lower-scored box is dropped.
-            score_thresh_test: probability below which :meth:`predict_candidates` drops a box.
+            score_thresh: probability below which :meth:`predict_candidates` drops a box.
             min_box_size: boxes with a side not above this many pixels are dropped.
             loss_weight: factors of "loss_rpn_cls" and "loss_rpn_loc" (eta of eq. 2); None is 1 for both.
             proposal_scales, group_post_nms_topk: with a count above 0 for (training, test), so many proposals are kept
@@ -75,7 +75,7 @@ class GroupSamplingRPN(torch.nn.Module):
         self.pre_nms_topk = {True: pre_nms_topk[0], False: pre_nms_topk[1]}
         self.post_nms_topk = {True: post_nms_topk[0], False: post_nms_topk[1]}
         self.nms_thresh = nms_thresh
-        self.score_thresh_test = score_thresh_test
+        self.score_thresh = score_thresh
         self.min_box_size = float(min_box_size)
         self.loss_weight = loss_weight or {}
         self.proposal_scales = proposal_scales
@@ -107,7 +107,7 @@ class GroupSamplingRPN(torch.nn.Module):
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
             "post_nms_topk": (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
             "nms_thresh": rpn.NMS_THRESH,
-            "score_thresh_test": cfg.TEST.GS.SCORE_THRESH,
+            "score_thresh": cfg.TEST.GS.SCORE_THRESH,
             "min_box_size": cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
             "loss_weight": {
                 "loss_rpn_cls": rpn.LOSS_WEIGHT,
@@ -173,9 +173,9 @@ class GroupSamplingRPN(torch.nn.Module):
 
         Returns:
             For each image the boxes of the highest scores, at most PRE_NMS_TOPK, of a probability of at least
-            `score_thresh_test`, with the fields of :meth:`propose`.
+            `score_thresh`, with the fields of :meth:`propose`.
         """
-        return self._decode(*self.predict(features), images.image_sizes, self.score_thresh_test)
+        return self._decode(*self.predict(features), images.image_sizes, self.score_thresh)
 
     def predict(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors [R, 4], logits [B, R, 2] and deltas [B, R, 4], float32 also under autocast."""
@@ -204,7 +204,7 @@ class GroupSamplingRPN(torch.nn.Module):
                 is none.
         """
         matches = self.group_loss.match(anchors, gt_boxes, ignore_boxes, image_sizes)
-        targets = matches[0].clamp(min=0).long()
+        targets = matches.labels.clamp(min=0).long()
 
         def cross_entropy(logits):
             return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # [B, R]

@@ -132,15 +132,15 @@ def group_subsample(
     seed: int | Tensor | None = None,
     first_image: int = 0,
 ) -> Tensor:
-    """Draws the same number of samples from every group (paper, section 4.2).
+    """Takes the same number of samples from every group (paper, section 4.2).
 
     In each group K+ = min(#positives, floor(num_per_group * positive_fraction)) positives and
-    K- = min(#negatives, num_per_group - K+) negatives are drawn without replacement. With "ohem_all" the labels
-    compete: min(#positives + #negatives, num_per_group) are drawn, whatever their label.
+    K- = min(#negatives, num_per_group - K+) negatives are sampled without replacement. With "ohem_all" the labels
+    compete: min(#positives + #negatives, num_per_group) are sampled, whatever their label.
 
     Args:
-        match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative, anything else is never drawn.
-        group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; outside [0, num_groups) it is never drawn.
+        match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative, anything else is never sampled.
+        group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; outside [0, num_groups) it is never sampled.
         num_groups (int): G, in [1, 1024].
         num_per_group (int): samples per group and image, in [0, 2^31).
         positive_fraction (float): largest share of positives, in [0, 1]; without effect on "ohem_all".
@@ -149,17 +149,18 @@ def group_subsample(
             highest loss of both labels together (section 4.3), the lowest index on ties.
         losses (float Tensor, shape of match_labels): for all methods but "random", clamped to [0, 1e6], NaN is 0.
         seed: int64, as an int or a 0-dim tensor on the inputs' device; None draws one from torch's default CPU
-            generator. The draw of an anchor depends on nothing but seed, image and index.
-        first_image (int): image number of row 0; image b of a batch draws as ``first_image=b`` does alone.
+            generator. The random number of an anchor depends on seed, image and index alone.
+        first_image (int): image number of row 0. Image b of a batch gets the samples that ``first_image=b`` gives it
+            alone.
 
     Returns:
-        int8 Tensor of match_labels' shape: 1 or 0 where drawn, -1 elsewhere.
+        int8 Tensor of match_labels' shape: 1 or 0 where sampled, -1 elsewhere.
 
     Example:
         >>> labels = torch.tensor([1, 1, 0, 0, 0, 0, 1, 0], dtype=torch.int8)
         >>> groups = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
-        >>> drawn = group_subsample(labels, groups, num_groups=2, num_per_group=4, seed=0)
-        >>> [int((drawn[groups == group] >= 0).sum()) for group in (0, 1)]
+        >>> sampled = group_subsample(labels, groups, num_groups=2, num_per_group=4, seed=0)
+        >>> [int((sampled[groups == group] >= 0).sum()) for group in (0, 1)]
         [4, 2]
     """
     if seed is None:

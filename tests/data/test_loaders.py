@@ -101,7 +101,7 @@ def test_replacements_are_spread(data_set):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_nothing_but_bad_images_is_an_error(data_set, num_workers):
     root = data_set(6, broken=range(6))
-    with pytest.raises(RuntimeError, match="6 images drawn in a row cannot be used") as error:
+    with pytest.raises(RuntimeError, match="6 images tried in a row cannot be used") as error:
         take(Trainer.build_train_loader(config("DATALOADER.NUM_WORKERS", num_workers)), 1)
     assert f"such as {root}/e/" in str(error.value) and "6 of the 6 images" in str(error.value)
     assert "DETECTRON2_DATASETS" in str(error.value)

@@ -93,6 +93,7 @@ def build_two_stage(sampler="random", channels_last=False, autocast_dtype="", **
             box_head=FastRCNNConvFCHead(ShapeSpec(channels=8, height=3, width=3), conv_dims=[], fc_dims=[16]),
             box_predictor=predictor,
             num_classes=1,
+            box2box_transform=TRANSFORM,
             group_loss=build_group_loss([0.5, 0.6], GroupSampler(2, 16, method=sampler)),
         )
         return GroupedFastRCNN(**parts, roi_heads=roi_heads, channels_last=channels_last, autocast_dtype=autocast_dtype)

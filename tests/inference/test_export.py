@@ -43,7 +43,7 @@ def resnet(layout):
 
 
 def small():
-    return build(max_detections=DETECTIONS, topk=TOPK, score_thresh_test=THRESHOLD)
+    return build(max_detections=DETECTIONS, topk=TOPK, score_thresh=THRESHOLD)
 
 
 def flat(height, width):

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from gs_d2.config import add_gs_config
 from gs_d2.modeling import GroupLoss, GroupSampler, TwoPassMatcher
 from gs_d2.modeling.criterion import CLS_LOSS_TYPES, GroupCriterion
+from gs_d2.modeling.matcher import Matches
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFORM = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
@@ -50,7 +51,7 @@ def test_several_classes_against_the_equation_written_out(kind, num_groups):
     anchors, gt_boxes, logits, deltas = predictions()
     matches = group_loss.match(anchors, gt_boxes)
     targets = torch.zeros_like(logits, dtype=torch.bool)
-    targets[..., 1] = matches[0] == 1
+    targets[..., 1] = matches.labels == 1
 
     def cross_entropy(logits):
         return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
@@ -65,9 +66,9 @@ def test_several_classes_against_the_equation_written_out(kind, num_groups):
     for b in range(2):
         for group in range(num_groups):
             numerator = weights = positives = count = 0.0
-            for i in torch.nonzero((matches[0][b] >= 0) & (group_idxs == group))[:, 0].tolist():
+            for i in torch.nonzero((matches.labels[b] >= 0) & (group_idxs == group))[:, 0].tolist():
                 count += 1
-                positives += float(matches[0][b, i] == 1)
+                positives += float(matches.labels[b, i] == 1)
                 for k in range(logits.shape[2]):
                     p = float(logits[b, i, k].sigmoid())
                     p_t, alpha_t = (p, 0.25) if targets[b, i, k] else (1 - p, 0.75)
@@ -88,14 +89,14 @@ def test_more_positives_than_a_quarter_have_a_box_loss(num_groups):
     anchors, _, logits, deltas = predictions()
     gts = [Boxes(anchors[::40]), Boxes(anchors[1::40])]
     matches = group_loss.match(anchors, gts)
-    positive = matches[0] == 1
+    positive = matches.labels == 1
     with EventStorage():
         _, loss_loc = group_loss.dense(anchors, matches, logits, deltas, lambda _: torch.where(positive, 5.0, 0.1))
     expected, _, drawn = 0.0, *group_loss.group(anchors)
     for b in range(2):
         for group in range(num_groups):
             rows = torch.nonzero(positive[b] & (drawn == group))[:6, 0]
-            wanted = TRANSFORM.get_deltas(anchors[rows], gts[b].tensor[matches[1][b, rows] - 8 * b])
+            wanted = TRANSFORM.get_deltas(anchors[rows], gts[b].tensor[matches.gt_idxs[b, rows] - 8 * b])
             error = (deltas[b, rows] - wanted).abs()
             assert len(rows) > 6 // 4
             expected += float(error.sum(dim=1).mean()) / 2
@@ -151,7 +152,7 @@ def many_positives():
     labels[0, 10:210] = labels[1, 100:216] = 1
     gt_boxes = anchors + torch.rand(len(anchors), 4, generator=torch.Generator().manual_seed(1))
     gt_idxs = torch.arange(len(anchors)).expand(2, -1)
-    return anchors, (labels, gt_idxs, gt_boxes), logits, deltas
+    return anchors, Matches(labels, gt_idxs, gt_boxes), logits, deltas
 
 
 def box_loss_by_loops(group_loss, anchors, labels, gt_boxes, deltas):
@@ -163,7 +164,7 @@ def box_loss_by_loops(group_loss, anchors, labels, gt_boxes, deltas):
 
 
 def box_loss(group_loss, anchors, matches, logits, deltas):
-    targets = matches[0].clamp(min=0).long()
+    targets = matches.labels.clamp(min=0).long()
     with EventStorage():
         return group_loss.dense(
             anchors, matches, logits, deltas, lambda x: F.cross_entropy(x.transpose(1, 2), targets, reduction="none")
@@ -199,8 +200,8 @@ def test_all_positives_of_a_sampler_without_a_limit_reach_the_box_loss(make):
     deltas.requires_grad_()
     loss = box_loss(group_loss, anchors, matches, logits, deltas)
     loss.backward()
-    assert ((deltas.grad != 0).any(dim=2) == (matches[0] == 1)).all() and (matches[0] == 1).sum() == 316
-    expected = box_loss_by_loops(group_loss, anchors, matches[0], matches[2], deltas.detach())
+    assert ((deltas.grad != 0).any(dim=2) == (matches.labels == 1)).all() and (matches.labels == 1).sum() == 316
+    expected = box_loss_by_loops(group_loss, anchors, matches.labels, matches.gt_boxes, deltas.detach())
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -213,11 +214,11 @@ def test_a_stated_limit_holds_or_is_an_error(limit):
     group_loss.sampler.max_positives = limit
     if limit == 157:
         with pytest.raises(
-            ValueError, match="Bare drew 316 positives from 2 images, more than its max_positives of 157"
+            ValueError, match="Bare sampled 316 positives in 2 images, more than its max_positives of 157"
         ):
             box_loss(group_loss, anchors, matches, logits, deltas)
         return
-    expected = box_loss_by_loops(group_loss, anchors, matches[0], matches[2], deltas)
+    expected = box_loss_by_loops(group_loss, anchors, matches.labels, matches.gt_boxes, deltas)
     assert float(box_loss(group_loss, anchors, matches, logits, deltas)) == pytest.approx(expected, rel=1e-5)
 
 

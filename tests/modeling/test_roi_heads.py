@@ -46,6 +46,7 @@ def build(criterion={}, sampler=None, num_classes=1, agnostic=True, ohem_nms_thr
         box_head=FastRCNNConvFCHead(ShapeSpec(channels=8, height=3, width=3), conv_dims=[], fc_dims=[16]),
         box_predictor=predictor,
         num_classes=num_classes,
+        box2box_transform=TRANSFORM,
         group_loss=GroupLoss(
             matcher=TwoPassMatcher([0.5, 0.6]),
             sampler=sampler or Recorder(4, 32),
@@ -353,7 +354,7 @@ ENSEMBLES = {
 def test_candidates(ensemble, thresh, num_classes, agnostic):
     """Scores of both stages, boxes of each row's class, clipped, in the proposals' order."""
     heads = build(
-        num_classes=num_classes, agnostic=agnostic, score_ensemble=ensemble, score_thresh_test=thresh
+        num_classes=num_classes, agnostic=agnostic, score_ensemble=ensemble, score_thresh=thresh
     )  # fmt: skip
     inputs = images()
     assert any((x.proposal_boxes.tensor > 200).any() for x in inputs[2]), "something to clip"
@@ -382,7 +383,7 @@ def test_candidates(ensemble, thresh, num_classes, agnostic):
 @pytest.mark.parametrize(("num_classes", "max_detections"), [(1, 1000), (2, 1000), (2, 7)])
 def test_detections_are_what_nms_within_a_class_leaves(num_classes, max_detections):
     """As Detectron2's ROI heads: by falling score, no more than the limit, overlaps of a class gone."""
-    heads = build(num_classes=num_classes, nms_thresh_test=0.4, max_detections=max_detections)
+    heads = build(num_classes=num_classes, nms_thresh=0.4, max_detections=max_detections)
     inputs = images()
     detections, losses = heads.eval()(*inputs[:3])
     assert losses == {}

@@ -158,7 +158,7 @@ def test_group_statistics_are_logged_by_scale():
 
 
 def test_proposals():
-    rpn = build(score_thresh_test=0.3).eval()
+    rpn = build(score_thresh=0.3).eval()
     nn.init.normal_(rpn.rpn_head.objectness_logits.weight, std=1.0)
     images, features, _ = inputs()
     images.image_sizes = [(128, 128), (100, 90)]
@@ -313,8 +313,8 @@ def test_anchors_on_padding_are_no_negatives(method):
     images, features, instances = inputs()
     images.image_sizes = [(128, 128), (48, 60)]
     seen = []
-    draw = rpn.group_loss.draw
-    rpn.group_loss.draw = lambda *arguments: seen.append(draw(*arguments)) or seen[-1]
+    draw = rpn.group_loss.sample
+    rpn.group_loss.sample = lambda *arguments: seen.append(draw(*arguments)) or seen[-1]
     with EventStorage():
         rpn(images, features, instances, with_proposals=False)
     centres = rpn.anchor_generator([features["p2"]])[0].get_centers()
@@ -367,7 +367,7 @@ def test_a_sample_of_infinite_loss_is_the_hardest_and_one_of_nan_the_easiest(met
     negatives = torch.nonzero((labels[0] == 0) & (anchors[:, 2] - anchors[:, 0] == 16))[:, 0]
     hardest, easiest = negatives[100], negatives[200]
     seen = []
-    rpn.group_loss.draw = lambda *arguments: seen.append(GroupLoss.draw(rpn.group_loss, *arguments)) or seen[-1]
+    rpn.group_loss.sample = lambda *arguments: seen.append(GroupLoss.sample(rpn.group_loss, *arguments)) or seen[-1]
     for row, logit, drawn in ((easiest, [math.nan, 0.0], -1), (hardest, [-math.inf, 0.0], 0)):
         given = logits.clone()
         given[0, row] = torch.tensor(logit)

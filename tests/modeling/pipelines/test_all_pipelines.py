@@ -154,7 +154,7 @@ def test_n_samples_at_1_to_3_on_real_annotations(pipeline, sampling, num, real_f
     _, group_idxs = rpn.group_loss.group(anchors)
     num_groups = len(rpn.group_loss.group_scales) if sampling else 1
     assert group_idxs.unique().tolist() == list(range(num_groups))
-    sampled = rpn.group_loss.draw(labels, group_idxs, torch.rand(labels.shape), lambda: None)
+    sampled = rpn.group_loss.sample(labels, group_idxs, torch.rand(labels.shape), lambda: None)
     capped = short = one_to_three = 0
     for image_labels, image_sampled in zip(labels, sampled, strict=True):
         drawn_ones = image_sampled >= 0
