@@ -1,9 +1,14 @@
-"""CenterNet (Zhou et al., "Objects as Points", 2019): a face is the peak of a heat map, without anchors or samples.
+"""CenterNet (Zhou et al., "Objects as Points", 2019): faces are the peaks of a heat map; no anchors, no samples.
 
 What it shares with the other detectors, from images to NMS, is in :class:`BoxDetector`.
 
-Shape shorthand: B images, M faces of all images, [H, W] the map that is predicted from, whose cells are numbered row by
-row. Coordinates and sizes of the map are in cells, those of boxes in pixels.
+Shape shorthand in this module:
+
+    B images, M ground-truth boxes of all images, [H, W] the size of the map that is predicted from
+
+Naming convention:
+
+    cell: a position of the map. Cells are numbered row by row. Boxes are in pixels, all else is in cells.
 """
 
 import math
@@ -115,13 +120,12 @@ class CenterTargets(NamedTuple):
     """What the maps of a batch are trained towards.
 
     Attributes:
-        heatmap (float32 Tensor[B, H, W]): 1 in the cells that have the centre of a face and in no other, falling around
-            them to 0.
+        heatmap (float32 Tensor[B, H, W]): exactly 1 in the cells that have the centre of a face, and lower elsewhere.
         counted (bool Tensor[B, H, W]): which cells the heat map's loss is of.
         cells (int64 Tensor[M]): of each face, its centre's cell among all B H W.
         sizes (float32 Tensor[M, 2]): width and height.
-        offsets (float32 Tensor[M, 2]): of the centre from its cell's left and top, in [0, 1).
-        valid (bool Tensor[M]): False for what is no face, whose row of the three above may be anything.
+        offsets (float32 Tensor[M, 2]): of the centre from its cell's left and top edge, in [0, 1).
+        valid (bool Tensor[M]): False for boxes that are not trained on; their rows of the three above may be anything.
     """
 
     heatmap: Tensor
@@ -135,7 +139,7 @@ class CenterTargets(NamedTuple):
 def gaussian_radius(sizes: Tensor, min_overlap: float) -> Tensor:
     """The largest r for which moving each side of a box by at most r leaves an IoU of `min_overlap` with the box.
 
-    Of all such moves that of all sides inwards costs most: (w - 2r)(h - 2r) = min_overlap w h.
+    Moving all sides inwards lowers the IoU most, hence (w - 2r)(h - 2r) = min_overlap w h.
 
     Args:
         sizes (Tensor[M, 2]): width and height, not negative.
@@ -159,7 +163,7 @@ def center_targets(
 ) -> CenterTargets:
     """
     Args:
-        gt_boxes: of each image. Left out are boxes without area, with NaN, or with their centre off the image.
+        gt_boxes: of each image. Boxes without area, with NaN, or with their centre off the image are not valid.
         ignore_boxes: of each image; a cell that one of them touches is no negative. None is none.
         image_sizes: (height, width) of each image before padding; cells beyond it are not counted.
         map_size: (H, W).
@@ -173,11 +177,11 @@ def center_targets(
         boxes = boxes.tensor.float()
         regions = boxes[:0] if ignore_boxes is None else ignore_boxes[i].tensor
         centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        limit = centres.new_tensor([width, height])
-        valid = ((sizes > 0) & torch.isfinite(sizes) & (centres >= 0) & (centres < limit)).all(dim=1)
+        valid = ((sizes > 0) & (centres >= 0)).all(dim=1)
+        valid &= (centres[:, 0] < width) & (centres[:, 1] < height)
         centres, sizes = (torch.where(valid[:, None], x, 0.0) / stride for x in (centres, sizes))
         cells = centres.floor()
-        heatmap = _draw(cells, gaussian_radius(sizes, min_overlap).floor(), valid, map_size)
+        heatmap = _gaussians(cells, gaussian_radius(sizes, min_overlap).floor(), valid, map_size)
         rows, columns = (torch.arange(num, device=boxes.device) * stride for num in map_size)
         inside = (rows < height)[:, None] & (columns < width)
         counted = inside & ((heatmap == 1) | ~_touched(regions, map_size, stride))
@@ -188,7 +192,7 @@ def center_targets(
     return CenterTargets(torch.stack(heatmaps), torch.stack(counted), *map(torch.cat, of_faces))
 
 
-def _draw(centres: Tensor, radii: Tensor, valid: Tensor, map_size: tuple[int, int]) -> Tensor:
+def _gaussians(centres: Tensor, radii: Tensor, valid: Tensor, map_size: tuple[int, int]) -> Tensor:
     """[H, W]: the highest of the Gaussians about cells [M, 2], x before y, of these radii, whole cells."""
     deviations = (2 * radii + 1) / 6
 
@@ -251,7 +255,7 @@ def l1_at_faces(predicted: Tensor, targets: Tensor, cells: Tensor, valid: Tensor
 def heat_peaks(logits: Tensor) -> Tensor:
     """Cells of a map [H, W] that no neighbour (of eight) exceeds, int64 [n], rising; of equal neighbours all are peaks.
 
-    What is not finite is no peak and hides none.
+    A logit that is not finite counts as the lowest, and is no peak.
     """
     logits = logits.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     highest = F.max_pool2d(logits[None, None], kernel_size=3, stride=1, padding=1)[0, 0]
@@ -346,24 +350,21 @@ class CenterNet(BoxDetector):
 
     def _losses(self, images: ImageList, gt_instances: list[Instances], ignore_boxes) -> dict:
         logits, sizes, offsets = self._predict(images)
-        gt_boxes = [x.gt_boxes for x in gt_instances]
-        targets = center_targets(
-            gt_boxes, ignore_boxes, images.image_sizes, tuple(logits.shape[1:]), self.stride, self.min_overlap
-        )
-        losses = (
-            penalty_reduced_focal_loss(logits, targets.heatmap, targets.counted),
-            l1_at_faces(sizes, targets.sizes, targets.cells, targets.valid),
-            l1_at_faces(offsets, targets.offsets, targets.cells, targets.valid),
-        )
-        names = ("loss_heatmap", "loss_size", "loss_offset")
-        return {name: loss * w for name, loss, w in zip(names, losses, self.loss_weights, strict=True)}
+        gt_boxes, map_size = [x.gt_boxes for x in gt_instances], tuple(logits.shape[1:])
+        targets = center_targets(gt_boxes, ignore_boxes, images.image_sizes, map_size, self.stride, self.min_overlap)
+        losses = {
+            "loss_heatmap": penalty_reduced_focal_loss(logits, targets.heatmap, targets.counted),
+            "loss_size": l1_at_faces(sizes, targets.sizes, targets.cells, targets.valid),
+            "loss_offset": l1_at_faces(offsets, targets.offsets, targets.cells, targets.valid),
+        }
+        return {name: w * losses[name] for name, w in zip(losses, self.loss_weights, strict=True)}
 
     def _candidates(self, images: ImageList) -> list[Instances]:
         maps = (x.float() for x in self._predict(images))
         return [self._of_image(*x, size) for *x, size in zip(*maps, images.image_sizes, strict=True)]
 
     def _of_image(self, logits: Tensor, sizes: Tensor, offsets: Tensor, image_size: tuple[int, int]) -> Instances:
-        # Cells beyond the image are not trained, and hide no peak at its edge.
+        # Cells beyond the image are not trained, and must not suppress a peak at its edge.
         height, width = (-(-side // self.stride) for side in image_size)
         logits, sizes, offsets = (x[..., :height, :width] for x in (logits, sizes, offsets))
         peaks = heat_peaks(logits)
@@ -393,6 +394,6 @@ class CenterNet(BoxDetector):
 
     @property
     def tile_geometry(self) -> tuple[int, int]:
-        """(alignment, reach), in pixels, see :class:`BoxDetector`: a cell of each map to be upsampled, of 32, 16 and 8
-        pixels, and two of 4 pixels for the 3x3 convolution and the neighbours of a peak, are 64."""
+        """(alignment, reach), in pixels: see :class:`BoxDetector`. A transposed convolution sees one cell more, of
+        32, 16 and 8 pixels; the 3x3 convolution and the search for peaks 4 pixels each: 64 in all."""
         return self.size_divisibility, 2 * self.size_divisibility
