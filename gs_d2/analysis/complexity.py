@@ -5,11 +5,15 @@ element that a frozen BatchNorm scales and shifts; 4 for each element that bilin
 are not. "Feature extraction" is the ResNet, "RPN head" all that follows it: lateral convolutions, upsampling and the
 head. Decoding, NMS and a second stage are not counted.
 
+A transposed convolution multiplies at the size of its input. The paper's 98.61 G of CenterNet come out where it is
+counted at the size of its output, as the paper's tool did: a model that has such convolutions gets both totals.
+
 The paper's numbers of parameters are met only with two things that train nothing: the scale and shift of each frozen
 BatchNorm (buffers in Detectron2, parameters in torchvision), and the ImageNet classifier (fc) that the weights came
 with, of which no detector makes use. Both are counted; BatchNorm's running statistics are not.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +21,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import ResNet, build_model
 from fvcore.nn import FlopCountAnalysis
 
-import gs_d2.modeling  # noqa: F401  (registers the parts of detectors)
+from gs_d2.modeling.pipelines import CenterNet, CenterNetHead
 
+AT_OUTPUT = "total, output size"
 HARMLESS_OPS = {
     "aten::add",  # sums of the top-down path
     "aten::add_",  # sums with the shortcuts of the ResNet
@@ -33,7 +38,8 @@ class Complexity:
 
     Attributes:
         size: (height, width) of the network's input in pixels, after padding.
-        metrics: by the names of the paper's columns, in 1e9 multiply-adds and 1e6 parameters.
+        metrics: by the names of the paper's columns, in 1e9 multiply-adds and 1e6 parameters; of a model that has
+            transposed convolutions also AT_OUTPUT, the total where these are counted at the size of their output.
         fc_parameters: those of the parameters that are the unused classifier's.
         not_counted: operations met that nothing counts, and how often each was.
     """
@@ -51,7 +57,7 @@ def analyze(cfg, size: tuple[int, int]) -> Complexity:
         size: (height, width) of an image; padded to the network's stride as the detector pads it.
 
     Raises:
-        ValueError: the size is not positive, or the model has no RPN.
+        ValueError: the size is not positive, or the model has neither an RPN nor CenterNet's head.
     """
     if min(size) < 1:
         raise ValueError(f"the size must be positive, got {size[0]} {size[1]}")
@@ -67,6 +73,12 @@ def analyze(cfg, size: tuple[int, int]) -> Complexity:
     counts = FlopCountAnalysis(dense, torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *size))
     counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     extraction, total = counts.total(dense.feature_extraction), counts.total()
+    at_output = {}
+    transposed = {name: x for name, x in dense.named_modules() if isinstance(x, torch.nn.ConvTranspose2d)}
+    if transposed:  # an output is as many times as large as the input as the strides' product
+        of_modules = counts.by_module()
+        more = sum(of_modules[name] * (math.prod(x.stride) - 1) for name, x in transposed.items())
+        at_output[AT_OUTPUT] = (total + more) / 1e9
     parameters = sum(parameter.numel() for parameter in dense.parameters()) + sum(
         norm.weight.numel() + norm.bias.numel() for norm in dense.modules() if isinstance(norm, FrozenBatchNorm2d)
     )
@@ -77,6 +89,7 @@ def analyze(cfg, size: tuple[int, int]) -> Complexity:
             "feature extraction": extraction / 1e9,
             "RPN head": (total - extraction) / 1e9,
             "total": total / 1e9,
+            **at_output,
             "parameters": (parameters + fc_parameters) / 1e6,
         },
         fc_parameters=fc_parameters,
@@ -89,17 +102,20 @@ class _DensePart(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        head = getattr(getattr(model, "proposal_generator", None), "rpn_head", None)
-        if head is None:
-            raise ValueError(f"only a model with an RPN can be analysed, and {type(model).__name__} here has none")
+        rpn = getattr(model, "proposal_generator", None)
+        if isinstance(model, CenterNet):
+            self.head, self.in_features = model.head, [model.in_feature]
+        elif hasattr(rpn, "rpn_head"):
+            self.head, self.in_features = rpn.rpn_head, rpn.in_features
+        else:
+            raise ValueError(f"only CenterNet and models with an RPN can be analysed, not {type(model).__name__} here")
         self.backbone = model.backbone
-        self.head = head
-        self.in_features = model.proposal_generator.in_features
         self.feature_extraction = "backbone.bottom_up" if hasattr(model.backbone, "bottom_up") else "backbone"
 
     def forward(self, image):
         features = self.backbone(image)
-        return self.head([features[name] for name in self.in_features])
+        maps = [features[name] for name in self.in_features]
+        return self.head(*maps) if isinstance(self.head, CenterNetHead) else self.head(maps)
 
 
 def _imagenet_fc(bottom_up) -> int:

@@ -25,6 +25,7 @@ PAPER = {
     ("fpn_finest_sampling", "RPN head"): 28.91,
     ("fpn_finest_sampling", "total"): 81.33,
     ("fpn_finest_sampling", "parameters"): 27.1,
+    ("../pipelines/centernet", "total, output size"): 98.61,
     ("fpn_finest_sampling_r18", "total"): 29.73,
     ("fpn_finest_sampling_r18", "parameters"): 12.5,
     ("fpn_finest_sampling_r152", "total"): 155.7,
@@ -64,6 +65,8 @@ def test_prints_the_papers_tables(analysed, monkeypatch, run_command):
 
     def known(cfg, size):
         assert size == (800, 800)
+        if cfg.MODEL.META_ARCHITECTURE == "CenterNet":
+            return analysed["../pipelines/centernet"]
         return analysed[by_depth[cfg.MODEL.RESNETS.DEPTH, len(cfg.MODEL.RPN.IN_FEATURES)]]
 
     monkeypatch.setattr("analyze_model.analyze", known)
@@ -72,9 +75,12 @@ def test_prints_the_papers_tables(analysed, monkeypatch, run_command):
     lines = [line.split() for line in out.splitlines()]
     assert ["11", "FPN", "RPN", "head", "36.5", "G", "36.38", "G", "-0.32%"] in lines
     assert ["15", "Ours(R152)", "parameters", "61.7", "M", "61.71", "M", "+0.01%"] in lines
-    assert "unused ImageNet fc layer: fpn_finest_sampling_r18 0.513 M, fpn 2.049 M" in out
+    assert "unused ImageNet fc layer: centernet 0.513 M, fpn_finest_sampling_r18 0.513 M, fpn 2.049 M" in out
+    assert ["10", "CenterNet", "(R18)", "total,", "output", "size", "98.61", "G", "98.60", "G", "-0.01%"] in lines
+    assert out.count("output size") == out.count("centernet: 98.60 G where") == 1
+    assert "55.35 G at that of their input" in out
     _, out, _ = run_command(main, "--tasks", "parameter")
-    assert [line.split()[-6] for line in out.splitlines()[1:4]] == ["parameters"] * 3 and "total" not in out
+    assert [line.split()[-6] for line in out.splitlines()[1:4]] == ["parameters"] * 3 and "88.92" not in out
 
     monkeypatch.setattr("analyze_model.PAPER", [("11", "FPN", "wider/fpn.yaml", {"total": 90.0})])
     status, _, err = run_command(main)
@@ -93,6 +99,22 @@ def test_a_config_at_a_size_with_overrides(run_command):
     upsampling = 4 * 32 * cells * (1 + 1 / 4)
     assert found.metrics["RPN head"] * 1e9 == pytest.approx(head + laterals + upsampling)
     assert [line.split()[-2] for line in printed.splitlines()[:4]] == [f"{x:.2f}" for x in found.metrics.values()]
+
+
+def test_transposed_convolutions_are_counted_at_both_sizes(run_command):
+    """3 x 2 cells at stride 32: 16 C C' multiply-adds for each cell of a transposed convolution's input."""
+    config, opts = CONFIGS / "pipelines" / "centernet.yaml", ["MODEL.FPN.OUT_CHANNELS", "32"]
+    found = analyze(load_config(config, opts), (64, 96))
+    transposed = 16 * 6 * (512 * 32 + 4 * 32 * 32 + 16 * 32 * 32)
+    norms = 2 * 6 * 32 * (4 + 16 + 64)
+    heads = 6 * 64 * (3 * 9 * 32 * 64 + 5 * 64)
+    assert found.not_counted == {}
+    assert found.metrics["RPN head"] * 1e9 == pytest.approx(transposed + norms + heads)
+    more = found.metrics["total, output size"] - found.metrics["total"]
+    assert more * 1e9 == pytest.approx(3 * transposed)
+    status, printed, _ = run_command(main, "--config-file", config, "--size", 64, 96, *opts)
+    assert status == 0 and f"{found.metrics['total']:.2f} G at that of their input, where they multiply" in printed
+    assert "output size" not in "".join(analyze(load_config(R18), (64, 96)).metrics)
 
 
 def test_frozen_or_not_is_the_same():
@@ -136,7 +158,7 @@ def test_what_is_not_counted_is_said(unseen_head, run_command):
         (["--config-file", QUICK, "--size", "0", "64"], "the size must be positive, got 0 64"),
         (
             ["--config-file", QUICK, "MODEL.META_ARCHITECTURE", "SemanticSegmentor"],
-            "only a model with an RPN can be analysed, and SemanticSegmentor here has none",
+            "only CenterNet and models with an RPN can be analysed, not SemanticSegmentor here",
         ),
     ],
     ids=["no such config", "unknown key", "size", "no RPN"],

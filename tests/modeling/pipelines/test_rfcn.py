@@ -126,11 +126,11 @@ def test_group_sampling_is_of_the_first_stage_alone(sampling):
 
 @pytest.mark.parametrize(("method", "count"), [("ohem", 7), ("ohem_all", 8)])
 def test_ohem_may_be_turned_on(method, count):
-    """It scores all proposals first: those drawn are the negatives of highest loss, or, as in R-FCN's own, any."""
+    """It scores all proposals first: the samples are the negatives of highest loss, or, as in R-FCN's own, any."""
     heads = build("MODEL.GS.ROI.SAMPLER", method, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8).train()
-    drawn = []
-    draw = heads.group_loss.draw
-    heads.group_loss.draw = lambda *args: drawn.append((args[0], args[2], draw(*args))) or drawn[-1][2]
+    seen = []
+    sample = heads.group_loss.sample
+    heads.group_loss.sample = lambda *args: seen.append((args[0], args[2], sample(*args))) or seen[-1][2]
     corner = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 100
     proposals = [Instances((128, 160), proposal_boxes=Boxes(torch.cat([corner, corner + 24], dim=1)))]
     targets = [Instances((128, 160), gt_boxes=Boxes(BOXES[0, :1]), gt_classes=torch.tensor([0]))]
@@ -138,7 +138,7 @@ def test_ohem_may_be_turned_on(method, count):
         _, losses = heads(None, {"p2": features()[:1]}, proposals, targets)
     sum(losses.values()).backward()
     assert heads.cls_maps.weight.grad.any()
-    ((labels, cls_losses, sampled),) = drawn
+    ((labels, cls_losses, sampled),) = seen
     competing = labels >= 0 if method == "ohem_all" else labels == 0
     taken, left = cls_losses[competing & (sampled >= 0)], cls_losses[competing & (sampled == -1)]
     assert heads.delta_maps.weight.grad.any() == (sampled == 1).any()
