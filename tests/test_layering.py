@@ -94,6 +94,20 @@ RULES = {
         never=(r"(?i)sampl|match|group|loss|iou|nms",),
         cfg="builders",
     ),
+    "detector without samples": Rule(
+        files=("gs_d2/modeling/pipelines/centernet.py",),
+        may=(
+            "torch",
+            "fvcore.nn",
+            "gs_d2.modeling.box_detector",
+            "gs_d2.modeling.decoding",
+            "gs_d2.modeling.description",
+            "gs_d2.unread_keys",
+            *DETECTRON2_MODELING,
+        ),
+        never=(TORCH_OPS_DIRECTLY, r"(?i)sampler|match|group|anchor|paired_iou"),
+        cfg="builders",
+    ),
     "timm backbone": Rule(  # reads a file of weights when it is built, before BatchNorm is folded
         files=("gs_d2/modeling/timm_backbone.py",),
         may=(
@@ -110,6 +124,17 @@ RULES = {
     "description": Rule(  # knows no detector
         files=("gs_d2/modeling/description.py",),
         may=("detectron2.modeling.META_ARCH_REGISTRY",),
+        cfg="builders",
+    ),
+    "box detector": Rule(  # knows no anchors, no samples and no losses
+        files=("gs_d2/modeling/box_detector.py",),
+        may=(
+            "torch",
+            "gs_d2.modeling.description.DetectionSettings",
+            "gs_d2.modeling.nms",
+            *DETECTRON2_MODELING,
+        ),
+        never=(r"(?i)sampl|match|anchor|iou",),
         cfg="builders",
     ),
     "modeling": Rule(
@@ -405,7 +430,16 @@ VIOLATIONS = [
         "from gs_d2.modeling.meta_arch import RPNDetector",
         "gs_d2.modeling.meta_arch.RPNDetector",
     ),
+    ("detector without samples", "gs_d2/modeling/pipelines/centernet.py", "x = self.matcher", "match"),
+    (
+        "detector without samples",
+        "gs_d2/modeling/pipelines/centernet.py",
+        "from gs_d2.modeling.group_loss import GroupLoss",
+        "gs_d2.modeling.group_loss.GroupLoss",
+    ),
     ("description", "gs_d2/modeling/description.py", "def ask(detector, cfg):\n    pass", "cfg"),
+    ("box detector", "gs_d2/modeling/box_detector.py", "from gs_d2.modeling import rpn", "gs_d2.modeling.rpn"),
+    ("box detector", "gs_d2/modeling/box_detector.py", "class A:\n    anchors = None", "anchor"),
     ("modeling", "gs_d2/modeling/anchors.py", "def __init__(self, cfg):\n    self.x = 1", "cfg"),
     ("modeling", "gs_d2/modeling/rpn.py", "class A:\n    def f(self):\n        return self.cfg.MODEL", "cfg"),
     ("modeling", "gs_d2/modeling/backbone.py", "def build_x(cfg):\n    return cfg.MODEL", "cfg"),

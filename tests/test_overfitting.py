@@ -89,6 +89,24 @@ def test_every_pipeline_finds_the_faces_it_was_trained_on(pipeline, sampling, tr
     assert found["as configured"] >= 80, found
 
 
+CENTERNET = """
+    MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.GS.CHANNELS_LAST False MODEL.RESNETS.NORM GN
+    MODEL.FPN.NORM GN MODEL.FPN.OUT_CHANNELS 64 MODEL.RPN.PRE_NMS_TOPK_TEST 5000 SOLVER.BASE_LR 0.001
+    SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm
+    SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 TEST.GS.PYRAMID False
+""".split()
+
+
+@pytest.mark.slow
+def test_centernet_finds_the_faces_it_was_trained_on(trained):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file("configs/pipelines/centernet.yaml")
+    found = trained(cfg, opts=CENTERNET)
+    print(found)
+    assert found["as configured"] >= 90, found
+
+
 RETINANET = """
     MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM GN
     MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 64 MODEL.FPN.NORM GN

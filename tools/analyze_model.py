@@ -9,6 +9,10 @@ element that a frozen BatchNorm scales and shifts; 4 for each element that bilin
 are not. "Feature extraction" is the ResNet, "RPN head" all that follows it: lateral convolutions, upsampling and the
 head. Decoding, NMS and a second stage are not counted.
 
+A transposed convolution multiplies at the size of its input. The paper's 98.61 G of CenterNet come out where it is
+counted at the size of its output, as the paper's tool did: of a model that has such convolutions both totals are
+printed.
+
 The paper's numbers of parameters are met only with two things that train nothing: the scale and shift of each frozen
 BatchNorm (buffers in Detectron2, parameters in torchvision), and the ImageNet classifier (fc) that the weights came
 with, of which no detector makes use. Both are counted; BatchNorm's running statistics are not.
@@ -18,6 +22,7 @@ analysed.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +33,7 @@ from fvcore.nn import FlopCountAnalysis
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from gs_d2.config import load_config  # isort: skip
+from gs_d2.modeling.pipelines import CenterNet, CenterNetHead  # isort: skip
 
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import ResNet, build_model
@@ -41,10 +47,12 @@ HARMLESS_OPS = {
     "aten::max_pool2d",  # comparisons
 }
 _IMAGENET_CLASSES = 1000
-_UNITS = {"feature extraction": "G", "RPN head": "G", "total": "G", "parameters": "M"}
+_AT_OUTPUT = "total, output size"
+_UNITS = {"feature extraction": "G", "RPN head": "G", "total": "G", _AT_OUTPUT: "G", "parameters": "M"}
 
 # (table, its row, our config, what the paper prints: G multiply-adds and M parameters)
 PAPER = [
+    ("10", "CenterNet (R18)", "pipelines/centernet.yaml", {_AT_OUTPUT: 98.61}),
     ("10", "FPN-finest-sampling (R18)", "wider/fpn_finest_sampling_r18.yaml", {"total": 29.73}),
     ("11", "FPN", "wider/fpn.yaml", {"feature extraction": 52.42, "RPN head": 36.50, "total": 88.92}),
     (
@@ -65,7 +73,8 @@ class Complexity:
 
     Attributes:
         size: (height, width) of the network's input in pixels, after padding.
-        figures: by the names of the paper's columns, in 1e9 multiply-adds and 1e6 parameters.
+        figures: by the names of the paper's columns, in 1e9 multiply-adds and 1e6 parameters; of a model that has
+            transposed convolutions also the total where these are counted at the size of their output.
         fc_parameters: those of the parameters that are the unused classifier's.
         not_counted: operations met that nothing counts, and how often each was.
     """
@@ -112,6 +121,8 @@ def print_paper() -> int:
             if abs(difference) > TOLERANCE:
                 problems.append(f"table {table}, {row}: {figure} is not the paper's, to within {TOLERANCE:.1%}")
     print_units(PAPER_SIZE)
+    for name, found in analysed.items():
+        print_transposed(found, f"{Path(name).stem}: ")
     fc = ", ".join(f"{Path(name).stem} {x.fc_parameters / 1e6:.3f} M" for name, x in analysed.items())
     print(f"Parameters include the unused ImageNet fc layer: {fc}.")
     return report(problems)
@@ -122,6 +133,7 @@ def print_one(config_file: str, size: tuple[int, int], opts: list[str]) -> int:
     for figure, value in found.figures.items():
         print(f"{figure:20}{value:10.2f} {_UNITS[figure]}")
     print_units(found.size)
+    print_transposed(found)
     if found.fc_parameters:
         print(f"Parameters include the unused ImageNet fc layer: {found.fc_parameters / 1e6:.3f} M.")
     return report(complaints(found, config_file))
@@ -129,6 +141,15 @@ def print_one(config_file: str, size: tuple[int, int], opts: list[str]) -> int:
 
 def print_units(size):
     print(f"G: 10^9 multiply-adds at {size[0]} x {size[1]} (height x width); M: 10^6 parameters.")
+
+
+def print_transposed(found: Complexity, name: str = ""):
+    if _AT_OUTPUT in found.figures:
+        print(
+            f"{name}{found.figures[_AT_OUTPUT]:.2f} G where transposed convolutions are counted at the size of their "
+            f"output, as by the paper's tool; {found.figures['total']:.2f} G at that of their input, where they "
+            "multiply."
+        )
 
 
 def complaints(found: Complexity, name) -> list[str]:
@@ -162,6 +183,12 @@ def analyze(cfg, size: tuple[int, int]) -> Complexity:
     counts = FlopCountAnalysis(dense, torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *size))
     counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     extraction, total = counts.total(dense.feature_extraction), counts.total()
+    at_output = {}
+    transposed = {name: x for name, x in dense.named_modules() if isinstance(x, torch.nn.ConvTranspose2d)}
+    if transposed:  # an output is as many times as large as the input as the strides' product
+        of_modules = counts.by_module()
+        more = sum(of_modules[name] * (math.prod(x.stride) - 1) for name, x in transposed.items())
+        at_output[_AT_OUTPUT] = (total + more) / 1e9
     parameters = sum(parameter.numel() for parameter in dense.parameters()) + sum(
         norm.weight.numel() + norm.bias.numel() for norm in dense.modules() if isinstance(norm, FrozenBatchNorm2d)
     )
@@ -172,6 +199,7 @@ def analyze(cfg, size: tuple[int, int]) -> Complexity:
             "feature extraction": extraction / 1e9,
             "RPN head": (total - extraction) / 1e9,
             "total": total / 1e9,
+            **at_output,
             "parameters": (parameters + fc_parameters) / 1e6,
         },
         fc_parameters=fc_parameters,
@@ -184,17 +212,20 @@ class _DensePart(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        head = getattr(getattr(model, "proposal_generator", None), "rpn_head", None)
-        if head is None:
-            raise ValueError(f"only a model with an RPN can be analysed, and {type(model).__name__} here has none")
+        rpn = getattr(model, "proposal_generator", None)
+        if isinstance(model, CenterNet):
+            self.head, self.in_features = model.head, [model.in_feature]
+        elif hasattr(rpn, "rpn_head"):
+            self.head, self.in_features = rpn.rpn_head, rpn.in_features
+        else:
+            raise ValueError(f"only CenterNet and models with an RPN can be analysed, not {type(model).__name__} here")
         self.backbone = model.backbone
-        self.head = head
-        self.in_features = model.proposal_generator.in_features
         self.feature_extraction = "backbone.bottom_up" if hasattr(model.backbone, "bottom_up") else "backbone"
 
     def forward(self, image):
         features = self.backbone(image)
-        return self.head([features[name] for name in self.in_features])
+        maps = [features[name] for name in self.in_features]
+        return self.head(*maps) if isinstance(self.head, CenterNetHead) else self.head(maps)
 
 
 def _imagenet_fc(bottom_up) -> int:

@@ -23,6 +23,7 @@ PAPER = {
     ("fpn_finest_sampling", "RPN head"): 28.91,
     ("fpn_finest_sampling", "total"): 81.33,
     ("fpn_finest_sampling", "parameters"): 27.1,
+    ("../pipelines/centernet", "total, output size"): 98.61,
     ("fpn_finest_sampling_r18", "total"): 29.73,
     ("fpn_finest_sampling_r18", "parameters"): 12.5,
     ("fpn_finest_sampling_r152", "total"): 155.7,
@@ -62,6 +63,8 @@ def test_prints_the_papers_tables(tool, analysed, monkeypatch, capsys):
 
     def analyze(cfg, size):
         assert size == (800, 800)
+        if cfg.MODEL.META_ARCHITECTURE == "CenterNet":
+            return analysed["../pipelines/centernet"]
         return analysed[by_depth[cfg.MODEL.RESNETS.DEPTH, len(cfg.MODEL.RPN.IN_FEATURES)]]
 
     monkeypatch.setattr(tool, "analyze", analyze)
@@ -70,7 +73,10 @@ def test_prints_the_papers_tables(tool, analysed, monkeypatch, capsys):
     lines = [line.split() for line in printed.out.splitlines()]
     assert ["11", "FPN", "RPN", "head", "36.5", "G", "36.38", "G", "-0.32%"] in lines
     assert ["15", "Ours(R152)", "parameters", "61.7", "M", "61.71", "M", "+0.01%"] in lines
-    assert "unused ImageNet fc layer: fpn_finest_sampling_r18 0.513 M, fpn 2.049 M" in printed.out
+    assert "unused ImageNet fc layer: centernet 0.513 M, fpn_finest_sampling_r18 0.513 M, fpn 2.049 M" in printed.out
+    assert ["10", "CenterNet", "(R18)", "total,", "output", "size", "98.61", "G", "98.60", "G", "-0.01%"] in lines
+    assert printed.out.count("output size") == printed.out.count("centernet: 98.60 G where") == 1
+    assert "55.35 G at that of their input" in printed.out
     assert printed.err == ""
 
     monkeypatch.setattr(tool, "PAPER", [("11", "FPN", "wider/fpn.yaml", {"total": 90.0})])
@@ -90,6 +96,23 @@ def test_a_config_at_a_size_with_overrides(tool, capsys):
     upsampling = 4 * 32 * cells * (1 + 1 / 4)
     assert found.figures["RPN head"] * 1e9 == pytest.approx(head + laterals + upsampling)
     assert [line.split()[-2] for line in printed.splitlines()[:4]] == [f"{x:.2f}" for x in found.figures.values()]
+
+
+def test_transposed_convolutions_are_counted_at_both_sizes(tool, capsys):
+    """3 x 2 cells at stride 32: 16 C C' multiply-adds for each cell of a transposed convolution's input."""
+    config, opts = CONFIGS / "pipelines" / "centernet.yaml", ["MODEL.FPN.OUT_CHANNELS", "32"]
+    found = tool.analyze(load_config(config, opts), (64, 96))
+    transposed = 16 * 6 * (512 * 32 + 4 * 32 * 32 + 16 * 32 * 32)
+    norms = 2 * 6 * 32 * (4 + 16 + 64)
+    heads = 6 * 64 * (3 * 9 * 32 * 64 + 5 * 64)
+    assert found.not_counted == {}
+    assert found.figures["RPN head"] * 1e9 == pytest.approx(transposed + norms + heads)
+    more = found.figures["total, output size"] - found.figures["total"]
+    assert more * 1e9 == pytest.approx(3 * transposed)
+    assert tool.main(["--config-file", str(config), "--size", "64", "96", *opts]) == 0
+    printed = capsys.readouterr().out
+    assert f"{found.figures['total']:.2f} G at that of their input, where they multiply" in printed
+    assert "output size" not in "".join(tool.analyze(load_config(R18), (64, 96)).figures)
 
 
 def test_frozen_or_not_is_the_same(tool):
@@ -133,7 +156,7 @@ def test_what_is_not_counted_is_said(tool, unseen_head, capsys):
         (["--config-file", QUICK, "--size", "0", "64"], "--size must be positive, got 0 64"),
         (
             ["--config-file", QUICK, "MODEL.META_ARCHITECTURE", "SemanticSegmentor"],
-            "only a model with an RPN can be analysed, and SemanticSegmentor here has none",
+            "only CenterNet and models with an RPN can be analysed, not SemanticSegmentor here",
         ),
     ],
     ids=["no such config", "unknown key", "size", "no RPN"],
