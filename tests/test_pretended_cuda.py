@@ -25,7 +25,7 @@ QUICK = (
     "wider/fpn_finest_sampling.yaml",
     "coco/retinanet_sampling_wrs.yaml",
     "wider_gs.yaml",
-    "faces/mobilenetv2.yaml",
+    "pipelines/centernet.yaml",
 )
 SIZE = (192, 256)
 COUNT = 2  # images, and rows of what the device would have counted: so that counts by image add up
