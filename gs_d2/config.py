@@ -66,7 +66,7 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.CHANNELS_LAST = False
     # "bfloat16" or "float16": convolutions run in it (torch.autocast), in training and at test; losses, decoding and
     # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss. What
-    # either of the two brings on a CPU: docs/benchmarks/2026-11-24-cpu-detector.md.
+    # either of the two brings on a CPU: docs/measurements.md.
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
     # Keys whose Detectron2 default is kept on purpose, though it breaks the method for faces: check_config then allows
     # it. For N = 256 this is ["MODEL.RPN.BATCH_SIZE_PER_IMAGE"].

@@ -8,7 +8,7 @@ from detectron2.utils.env import seed_all_rng
 from small_pipelines import PIPELINES
 
 from gs_d2.config import add_gs_config, check_config
-from gs_d2.data import register_wider_face
+from gs_d2.data import generated_faces, register_wider_face
 from gs_d2.engine import Trainer
 
 SOLVER = """
@@ -19,12 +19,13 @@ SOLVER = """
 
 
 @pytest.fixture(scope="module")
-def four_images(load_script, tmp_path_factory):
+def four_images(tmp_path_factory):
     """Name of a data set of four generated images, with faces of 16 px and more."""
     root, name = tmp_path_factory.mktemp("four_images"), "four_images"
-    faces = load_script("tools/synthesize_faces.py")
-    faces.MIN_SCALE, faces.MAX_SCALE = 16, 96
-    faces.synthesize(root, {"val": 4}, (160, 128), seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generated_faces, "MIN_SCALE", 16)
+        patch.setattr(generated_faces, "MAX_SCALE", 96)
+        generated_faces.synthesize(root, {"val": 4}, (160, 128), seed=0)
     base = root / "widerface"
     register_wider_face(
         name,

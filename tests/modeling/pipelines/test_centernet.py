@@ -20,6 +20,7 @@ from torchvision.models import resnet18
 
 from gs_d2 import engine
 from gs_d2.config import check_config, load_config
+from gs_d2.conversion.torchvision import convert_file
 from gs_d2.inference import FaceDetector, PyramidDetector
 from gs_d2.inference.tiling import TiledPredictor
 from gs_d2.modeling import description_of
@@ -114,18 +115,18 @@ def test_the_heat_map_begins_at_a_tenth():
     assert logits.sigmoid().mean() == pytest.approx(0.1, abs=0.03)
 
 
-def test_takes_torchvisions_weights(load_script, tmp_path):
-    script = load_script("tools/convert_torchvision.py")
+def test_takes_torchvisions_weights(tmp_path):
     torch.manual_seed(1)
-    _, arrays = script.convert(resnet18(weights=None).state_dict())
-    script.write(tmp_path / "resnet18.pth", arrays)
+    torch.save(resnet18(weights=None).state_dict(), tmp_path / "published.pth")
+    converted = convert_file(tmp_path / "published.pth")
+    converted.save(tmp_path / "resnet18.pth")
     config = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
     assert config.MODEL.WEIGHTS == load_config("configs/wider/fpn_finest_sampling_r18.yaml").MODEL.WEIGHTS
     model = build_model(config)
     DetectionCheckpointer(model).load(str(tmp_path / "resnet18.pth"))
     for name, value in model.backbone.bottom_up.state_dict().items():
         if not name.endswith("num_batches_tracked"):
-            assert torch.equal(value, torch.from_numpy(arrays[name])), name
+            assert torch.equal(value, converted.tensors[name]), name
 
 
 # Targets
