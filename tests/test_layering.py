@@ -293,6 +293,7 @@ RULES = {
                 "schedule",
                 "seeding",
                 "step",
+                "stopping",
                 "train_data",
                 "watchdog",
                 "weight_average",

@@ -1,14 +1,20 @@
 """Starting a program in one or many processes: by torchrun, by Detectron2's own launch, or simply here."""
 
+import logging
+import multiprocessing
 import os
+import signal
 import sys
 
 import torch
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import distributed
+from torch.multiprocessing import ProcessExitedException
 
 from gs_d2 import compat
+from gs_d2.engine.stopping import EXIT_CODE, Stopped
 
 
 def launch(main, args, device: str, main_args: tuple):
@@ -33,14 +39,32 @@ def launch(main, args, device: str, main_args: tuple):
         )
     if num_processes == 1:
         return main(*main_args)
-    detectron2_launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=main_args,
-    )
+    _launch_by_detectron2(main, args, main_args)
+
+
+def _launch_by_detectron2(main, args, main_args):
+    """With SIGTERM passed on to the processes, which end with stopping.EXIT_CODE then, as this one does."""
+
+    def pass_on(*_):
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        detectron2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=main_args,
+        )
+    except ProcessExitedException as error:
+        if error.exit_code == EXIT_CODE:
+            sys.exit(EXIT_CODE)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_under_torchrun(main, args, device, main_args):
@@ -60,9 +84,17 @@ def _run_under_torchrun(main, args, device, main_args):
         # torchrun keeps one store for all restarts, where processes would wait for the addresses of the ended ones.
         # Machines can count restarts differently: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/training.md).
         store = distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT
+    )
     compat.create_local_process_group(local_world_size)
-    result = main(*main_args)
+    try:
+        result = main(*main_args)
+    except Stopped as stopped:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stopped.code)  # an orderly end could wait for processes that are still evaluating
     # Only after success: a process that failed must end at once, so that torchrun ends or restarts the others.
     comm.synchronize()
     distributed.destroy_process_group()

@@ -7,6 +7,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 OPTIMIZERS = ("sgd", "adamw")
+_OF_STATE = ("params", "lr", "initial_lr")  # of a parameter group: what is no option
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -30,6 +31,15 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     else:
         optimizer = torch.optim.AdamW(groups, solver.BASE_LR, betas=(solver.MOMENTUM, 0.999))
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict):
+    """Loads what `optimizer.state_dict()` gave, but keeps the optimizer's own options (weight decay, momentum, ...), so
+    that those of a resumed run's config count. The rates are the state's: they are the scheduler's to set."""
+    own = [{key: value for key, value in group.items() if key not in _OF_STATE} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
 
 
 def _pretrained_part(model: nn.Module) -> set[nn.Parameter]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from detectron2.engine import TrainerBase
@@ -12,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from gs_d2.engine.nonfinite import save_batches
+from gs_d2.engine.optimizer import load_optimizer_state
 from gs_d2.engine.seeding import STEP, seed_generators
 from gs_d2.engine.weight_average import WeightAverage
 
@@ -39,6 +41,7 @@ class AccumulatingTrainer(TrainerBase):
         amp: bool = False,
         nonfinite_loss: str = "stop",
         ema_decay: float = 0.0,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
@@ -50,6 +53,7 @@ class AccumulatingTrainer(TrainerBase):
             amp: forward passes in float16 with a scaled loss; needs a GPU.
             nonfinite_loss: "stop", or "skip" to leave such an iteration's step out, in all processes.
             ema_decay: in [0, 1), of the average of the weights (:class:`WeightAverage`); 0 keeps none.
+            should_stop: asked in every iteration; where any process's says yes, `stop_agreed` is True in all.
         """
         super().__init__()
         model.train()
@@ -58,6 +62,7 @@ class AccumulatingTrainer(TrainerBase):
         self.output_dir, self.nonfinite_loss = output_dir, nonfinite_loss
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
         self.weight_average = WeightAverage(_unwrapped(model), ema_decay) if ema_decay > 0 else None
+        self.should_stop, self.stop_agreed = should_stop, False
         self._batches = None
         self._skipped = self._skipped_in_a_row = 0
 
@@ -79,13 +84,14 @@ class AccumulatingTrainer(TrainerBase):
             seed_generators(self.seed, STEP, self.iter, index, comm.get_rank())
             with self._synchronized(index + 1 == self.accumulation_steps):
                 losses.append(self._forward_backward(batches))
-        everyone = comm.all_gather((_mean_losses(losses), data_time))
-        of_ranks = [means for means, _ in everyone]
+        everyone = comm.all_gather((_mean_losses(losses), data_time, self.should_stop()))
+        of_ranks = [means for means, _, _ in everyone]
+        self.stop_agreed = any(stop for _, _, stop in everyone)
         if not all(math.isfinite(value) for means in of_ranks for value in means.values()):
             self._handle_nonfinite(batches, of_ranks)
             return
         self._skipped_in_a_row = 0
-        _write_metrics(of_ranks, max(seconds for _, seconds in everyone), data_time)
+        _write_metrics(of_ranks, max(seconds for _, seconds, _ in everyone), data_time)
         self._step()
 
     def _step(self):
@@ -171,7 +177,7 @@ class AccumulatingTrainer(TrainerBase):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        load_optimizer_state(self.optimizer, state_dict["optimizer"])
         self._skipped, self._skipped_in_a_row = state_dict.get("skipped", (0, 0))
         if self.amp and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

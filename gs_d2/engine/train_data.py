@@ -1,11 +1,12 @@
 """The stream of training images: endless, shuffled, and entered at any iteration."""
 
 import itertools
+import os
 
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.utils import comm
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from gs_d2.engine.seeding import ORDER, SAMPLE, derive_seeds, seed_generators
 
@@ -57,6 +58,11 @@ class TrainLoader:
         """Makes the next `iter()` start with what this iteration (>= 0) trains on."""
         self._first = iteration * self._images_per_iteration
 
+    def reseed(self, seed: int):
+        """Makes the next `iter()` one of another seed."""
+        self._seed = seed
+        self.dataset.seed = seed
+
     def __iter__(self):
         sampler = SeededSampler(len(self.dataset), self._seed, self._first)
         return iter(build_detection_train_loader(self.dataset, mapper=None, sampler=sampler, **self._options))
@@ -92,12 +98,20 @@ class SeededViews(Dataset):
     """The view of the row of :class:`SeededSampler`'s pairs, after setting the process's generators by the place."""
 
     def __init__(self, views, seed: int):
-        self._views, self._seed = views, seed
+        self._views, self.seed = views, seed
 
     def __len__(self):
         return len(self._views)
 
     def __getitem__(self, place_and_row: tuple[int, int]):
+        _leave_process_group()
         place, row = place_and_row
-        seed_generators(self._seed, SAMPLE, place)
+        seed_generators(self.seed, SAMPLE, place)
         return self._views[row]
+
+
+def _leave_process_group():
+    """In a loader worker: torchrun sends SIGTERM to the whole group, of which it is the training process's to decide
+    when the workers end. Does nothing elsewhere."""
+    if get_worker_info() is not None and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)

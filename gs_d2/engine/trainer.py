@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import weakref
+from dataclasses import replace
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
@@ -17,8 +18,17 @@ from gs_d2.checkpoint import Checkpointer
 from gs_d2.data import build_test_loader, build_training_views, register_subset
 from gs_d2.engine.checks import check_training
 from gs_d2.engine.optimizer import build_optimizer
+from gs_d2.engine.resuming import (
+    RunSettings,
+    iterations_done,
+    report_changes,
+    resume_rate,
+    settings_of,
+    state_of,
+)
 from gs_d2.engine.schedule import FLAT_DECAY, FlatThenDecay
 from gs_d2.engine.step import AccumulatingTrainer
+from gs_d2.engine.stopping import StopHook, Stopped, StopSignal, save_before_stopping
 from gs_d2.engine.train_data import TrainLoader
 from gs_d2.engine.watchdog import DetectionWatch, TrainingWatch
 from gs_d2.evaluation import (
@@ -54,12 +64,18 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):  # nobody has called default_setup
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
         check_training(cfg)
-        cfg = _with_seed(self.auto_scale_workers(cfg, comm.get_world_size()))
+        reference_world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self._seed_is_drawn = cfg.SEED < 0
+        if self._seed_is_drawn:
+            cfg = _with_seed(cfg, comm.shared_random_seed())
+            _logger.info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
+        self._stop_signal = stop_signal = StopSignal()
         self._trainer = AccumulatingTrainer(
             model,
             data_loader,
@@ -70,6 +86,7 @@ class Trainer(DefaultTrainer):
             amp=cfg.SOLVER.AMP.ENABLED,
             nonfinite_loss=cfg.SOLVER.GS.NONFINITE_LOSS,
             ema_decay=cfg.SOLVER.GS.EMA_DECAY,
+            should_stop=lambda: stop_signal.received,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         average = self._trainer.weight_average
@@ -77,6 +94,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = self.build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **options)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._run_settings = RunSettings.of(cfg, reference_world_size)
         self.register_hooks(self.build_hooks())
 
     @staticmethod
@@ -108,7 +126,9 @@ class Trainer(DefaultTrainer):
     def build_hooks(self):
         """Detectron2's, with evaluations of the averaged weights where there are any, and a watch over the scores."""
         evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
-        built = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in super().build_hooks()]
+        built = []
+        for hook in super().build_hooks():
+            built += [StopHook(), evaluation] if isinstance(hook, hooks.EvalHook) else [hook]
         return [*built, TrainingWatch()] if comm.is_main_process() else built
 
     def _evaluate(self):
@@ -121,8 +141,15 @@ class Trainer(DefaultTrainer):
                 "not those of the whole test, which comes after the last iteration"
             )
         average = self._trainer.weight_average
-        with contextlib.nullcontext() if average is None else average.swapped_in():
-            results = self.test(cfg, self.model)
+        try:
+            with contextlib.nullcontext() if average is None else average.swapped_in(), self._stop_signal.at_once():
+                results = self.test(cfg, self.model)
+        except Stopped:
+            if self.iter < self.max_iter:
+                save_before_stopping(self)
+            else:
+                _logger.warning("SIGTERM: training has ended, but not its evaluation; --resume does that")
+            raise
         self._last_eval_results = {"periodic": results} if results and short_cut else results
         return self._last_eval_results
 
@@ -191,39 +218,59 @@ class Trainer(DefaultTrainer):
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and
     # at the first rate of the warm-up; main saves it under this very name.
     def state_dict(self):
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),
+            "run": state_of(self._run_settings),
+        }
 
     def load_state_dict(self, state_dict):
+        """
+        Raises:
+            ValueError: the checkpoint's run had another batch, and it cannot be converted to this run's
+                (:func:`gs_d2.engine.resuming.iterations_done`).
+        """
+        before = settings_of(state_dict.get("run"))
+        if before is not None and self._seed_is_drawn:
+            self._take_seed(before.seed)
+        done = state_dict["iteration"] + 1
+        converted = done if before is None else iterations_done(before, self._run_settings, done)
+        base_lrs = list(getattr(self.scheduler, "base_lrs", []))
         TrainerBase.load_state_dict(self, state_dict)
+        self.iter = converted - 1
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             _logger.warning(
                 "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum begins anew"
             )
-        if self.cfg.SOLVER.LR_SCHEDULER_NAME == FLAT_DECAY and "LRScheduler" in state_dict.get("hooks", {}):
-            self._resume_rate()
+        if before is not None:
+            report_changes(before, self._run_settings, self.scheduler)
+        is_same_run = "_trainer" in state_dict and converted == done
+        resume_rate(self.cfg, self.scheduler, base_lrs, converted, compare=is_same_run)
 
-    def _resume_rate(self):
-        """Sets the next iteration's rate by this run's schedule; the checkpoint's is by that of its own run."""
-        groups, rates, base = self.optimizer.param_groups, self.scheduler.get_lr(), self.scheduler.base_lrs[0]
-        before, now, solver = groups[0]["lr"], rates[0], self.cfg.SOLVER
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
-        done, decay_iters = self.iter + 1, solver.GS.DECAY_ITERS
-        if before < now and done >= solver.WARMUP_ITERS:
-            _logger.warning(
-                f"The checkpoint after {done} iterations lies inside the decay of the run that wrote it: its rate was "
-                f"{before:.3g} of {base:.3g}. It now goes on at {now:.3g}, and is not what a run of SOLVER.MAX_ITER "
-                f"{solver.MAX_ITER} would have been. For that resume from an earlier checkpoint: write its name into "
-                f"{os.path.join(self.cfg.OUTPUT_DIR, 'last_checkpoint')}"
-            )
-        elif before > now:
-            _logger.warning(
-                f"The rate falls at once from {before:.3g} to {now:.3g}, since SOLVER.MAX_ITER {solver.MAX_ITER} "
-                f"leaves {solver.MAX_ITER - done} iterations of the decay's {decay_iters}: set SOLVER.MAX_ITER "
-                f"{done + decay_iters} for all of it"
-            )
+    def train(self):
+        """Detectron2's. Where nothing is left to train, there still are a final model and an evaluation.
+
+        Raises:
+            Stopped: SIGTERM came, in any of the processes; there is a checkpoint.
+        """
+        if self.start_iter >= self.max_iter and self.start_iter > 0:
+            _logger.info(f"All {self.max_iter} iterations have been trained")
+            # The run may have ended between its last periodic checkpoint and its final model.
+            if comm.is_main_process() and not self.checkpointer.get_checkpoint_file().endswith("model_final.pth"):
+                self.checkpointer.save("model_final", iteration=self.iter)
+        with self._stop_signal:
+            return super().train()
+
+    def _take_seed(self, seed: int):
+        """Goes on with the seed that the checkpoint's run drew."""
+        self.cfg = _with_seed(self.cfg, seed)
+        self._run_settings = replace(self._run_settings, seed=seed)
+        self._trainer.seed = seed
+        if hasattr(self.data_loader, "reseed"):
+            self.data_loader.reseed(seed)
+        _logger.info(f"SEED is not set: data and samples go on with {seed}, which the checkpoint's run drew")
 
 
 @contextlib.contextmanager
@@ -242,15 +289,11 @@ def _detections_by_scale(cfg, model):
         model.by_scale = before
 
 
-def _with_seed(cfg):
-    """The config with a SEED >= 0: where it asks for none, one that the processes agree on, new with every start."""
-    if cfg.SEED >= 0:
-        return cfg
+def _with_seed(cfg, seed: int):
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SEED = comm.shared_random_seed()
+    cfg.SEED = seed
     cfg.freeze()
-    _logger.info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
     return cfg
 
 

@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -66,6 +68,64 @@ def assert_same_bits(a, b):
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
+
+
+# train_net.py, which also writes what each pass trains on: a line of the iteration and the images' names.
+RECORDING = f"""
+import os, runpy
+from gs_d2.engine import AccumulatingTrainer
+forward_backward = AccumulatingTrainer._forward_backward
+def recording(self, batches):
+    with open(f"{{self.output_dir}}/seen_{{os.environ['RANK']}}.txt", "a") as file:
+        print(self.iter, *(os.path.basename(image["file_name"]) for image in batches[-1]), file=file)
+    return forward_backward(self, batches)
+AccumulatingTrainer._forward_backward = recording
+{{more}}
+runpy.run_path({str(ROOT / "train_net.py")!r}, run_name="__main__")
+"""
+
+
+def start_torchrun(datasets, output, *opts, processes=2, flags=("--resume",), more="", torchrun=()):
+    """train_net.py on the demo's config, small, under a torchrun that has just been started.
+
+    Args:
+        opts: keys and values.
+        more: Python code that is run before train_net.py.
+        torchrun: flags of torchrun.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    script = output / "recording.py"
+    script.write_text(RECORDING.format(more=more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [*torchrun, str(script), "--config-file", "configs/quick/demo.yaml", *flags, *SMALL]
+    command += ["DATASETS.TEST", "()", "OUTPUT_DIR", str(output), *map(str, opts)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def torchrun(datasets, output, *opts, **options) -> tuple[int, str]:
+    """Its exit code and what it printed."""
+    process = start_torchrun(datasets, output, *opts, **options)
+    try:
+        printed, _ = process.communicate(timeout=200)
+    except BaseException:
+        process.kill()
+        raise
+    return process.returncode, printed
+
+
+def seen(output) -> dict[int, list[str]]:
+    """Iteration -> names of the images that it trained on in all processes, sorted."""
+    names = {}
+    for path in Path(output).glob("seen_*.txt"):
+        for line in path.read_text().splitlines():
+            iteration, *images = line.split()
+            names.setdefault(int(iteration), []).extend(images)
+    return {iteration: sorted(images) for iteration, images in sorted(names.items())}
 
 
 class Processes:

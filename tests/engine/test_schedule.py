@@ -96,7 +96,7 @@ def runs(drawn_datasets, tmp_path_factory):
 def warnings(monkeypatch):
     """What resuming has said; Detectron2's loggers, once set up, are not pytest's to capture."""
     texts = []
-    monkeypatch.setattr("gs_d2.engine.trainer._logger.warning", texts.append)
+    monkeypatch.setattr("gs_d2.engine.resuming._logger.warning", texts.append)
     return texts
 
 
