@@ -152,7 +152,7 @@ RULES = {
     ),
     "evaluation arithmetic": Rule(  # what the protocols stand on
         files=("gs_d2/evaluation/precision_recall.py", "gs_d2/evaluation/report.py"),
-        may=("numpy",),
+        may=("numpy", "gs_d2.formats.json_text"),
     ),
     "curves": Rule(
         files=("gs_d2/evaluation/curves.py",),
@@ -251,6 +251,7 @@ RULES = {
             f"gs_d2/engine/{name}.py"
             for name in (
                 "launch",
+                "metrics_file",
                 "nonfinite",
                 "schedule",
                 "seeding",
@@ -271,6 +272,7 @@ RULES = {
             "detectron2.utils",
             "gs_d2.compat",
             "gs_d2.engine",
+            "gs_d2.formats.json_text",
         ),
         never=(TORCH_OPS_DIRECTLY,),
     ),

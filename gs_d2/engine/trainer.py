@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.data import build_test_loader, build_training_views, register_subset
 from gs_d2.engine.checks import check_training
+from gs_d2.engine.metrics_file import with_strict_json
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.schedule import FLAT_DECAY, FlatThenDecay
 from gs_d2.engine.step import AccumulatingTrainer
@@ -104,6 +105,9 @@ class Trainer(DefaultTrainer):
             warmup_method=cfg.SOLVER.WARMUP_METHOD,
         )
         return LRMultiplier(optimizer, multiplier=multiplier, max_iter=cfg.SOLVER.MAX_ITER)
+
+    def build_writers(self):
+        return with_strict_json(super().build_writers())
 
     def build_hooks(self):
         """Detectron2's, with evaluations of the averaged weights where there are any, and a watch over the scores."""

@@ -1,6 +1,5 @@
 """A result as a person reads it (tables, percent) and as a program does (results.json, fractions)."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from gs_d2.formats.json_text import json_text
 
 # Above this lowest score, detections that the curve needs were cut off: a threshold of 0.5 costs 3 points on
 # hard.
@@ -76,7 +77,7 @@ def write_summary(result: Result, setting: Mapping, path: str | os.PathLike) -> 
     """Writes the summary with `setting` as JSON, into a folder that is made where missing."""
     summary = {**result.summary(), "setting": {**setting, **result.setting()}}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(summary, indent=1, default=str, allow_nan=False) + "\n")
+    Path(path).write_text(json_text(summary, indent=1) + "\n")
 
 
 def format_setting(setting: Mapping) -> str:
