@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
-from gs_d2.engine.checks import check_config, check_training
+from gs_d2.engine.checks import check_classes, check_config, check_training
 
 
 def checked_config(args):
@@ -43,6 +43,7 @@ def checked_config(args):
         sys.exit("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
     try:
         check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+        check_classes(cfg, training=not args.eval_only)
     except ValueError as error:
         sys.exit(str(error))
     return cfg

@@ -7,7 +7,7 @@ import weakref
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.data import build_test_loader, build_training_views, register_subset
-from gs_d2.engine.checks import check_training
+from gs_d2.engine.checks import check_classes, check_training
 from gs_d2.engine.metrics_file import with_strict_json
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.schedule import FLAT_DECAY, FlatThenDecay
@@ -23,8 +23,8 @@ from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
 from gs_d2.engine.watchdog import DetectionWatch, TrainingWatch
 from gs_d2.evaluation import (
+    CocoEvaluator,
     CocoRecallEvaluator,
-    CocoSubsetEvaluator,
     FaceEvalEvaluator,
     FDDBEvaluator,
     WiderFaceEvaluator,
@@ -48,7 +48,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         """
         Raises:
-            ValueError: settings of the solver that contradict each other (:func:`gs_d2.engine.checks.check_training`).
+            ValueError: settings of the solver that contradict each other (:func:`gs_d2.engine.checks.check_training`);
+                or a data set cannot be trained on or tested on, which is said now and not after training.
         """
         TrainerBase.__init__(self)  # DefaultTrainer's own gives DDP a GPU and takes no other trainer of steps
         for name in ("detectron2", "gs_d2"):
@@ -59,6 +60,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        self.check_evaluation(cfg)
+        check_classes(cfg)
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
         self._trainer = AccumulatingTrainer(
@@ -154,6 +157,15 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
 
     @classmethod
+    def check_evaluation(cls, cfg):
+        """Builds what :meth:`test` uses, so that a data set that cannot be evaluated is refused before training; to be
+        overridden where `test` is."""
+        for name in cfg.DATASETS.TEST:
+            cls.build_test_loader(cfg, name)
+            with contextlib.suppress(NotImplementedError):  # as Detectron2's `test` does
+                cls.build_evaluator(cfg, name)
+
+    @classmethod
     def build_optimizer(cls, cfg, model):
         return build_optimizer(cfg, model)
 
@@ -188,8 +200,7 @@ class Trainer(DefaultTrainer):
         if evaluator_type == "coco" and description_of(cfg.MODEL.META_ARCHITECTURE).class_agnostic:
             return CocoRecallEvaluator(dataset_name, output_folder, setting=setting)
         if evaluator_type == "coco":
-            evaluator = CocoSubsetEvaluator if subset_of else COCOEvaluator
-            return evaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
+            return CocoEvaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and

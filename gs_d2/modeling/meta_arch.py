@@ -75,10 +75,11 @@ class RPNDetector(nn.Module):
     Attributes:
         by_scale (bool): at test also return `instances_by_scale`; False until somebody sets it, as `Trainer.test` does
             for WIDER FACE. It costs one NMS more for each anchor scale.
-        class_agnostic (bool): True, see :class:`gs_d2.modeling.description.Description`.
+        class_agnostic (bool), num_classes_key: see :class:`gs_d2.modeling.description.Description`.
     """
 
     class_agnostic = True
+    num_classes_key = None
 
     @configurable
     def __init__(
@@ -283,6 +284,7 @@ class GroupedFastRCNN(RPNDetector):
     """
 
     class_agnostic = False
+    num_classes_key = "MODEL.ROI_HEADS.NUM_CLASSES"
 
     @configurable
     def __init__(self, *, roi_heads: nn.Module, **detector):

@@ -97,7 +97,7 @@ def test_what_is_no_json_is_named_in_one_line(tmp_path, content, message):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json: no such file"):
         read_json(tmp_path / "nothing.json")
     with pytest.raises(ValueError, match="not a regular file"):
         read_json(tmp_path)
