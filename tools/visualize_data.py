@@ -11,7 +11,6 @@ are named and left out.
 
 import argparse
 import collections
-import os
 import secrets
 import sys
 from pathlib import Path
@@ -23,11 +22,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from gs_d2.config import load_config  # isort: skip
+from gs_d2.data import catalog  # isort: skip
+from gs_d2.data.records import faces_of, name_of  # isort: skip
 from gs_d2.engine import Trainer  # isort: skip
 from gs_d2.formats.images import as_rgb  # isort: skip
 from gs_d2.visualization import draw_annotations  # isort: skip
 
-from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +57,7 @@ def main(argv=None):
 def write(pictures, output_dir, show):
     """Saves (or shows) pictures as `<image>.jpg`; further ones of the same image as `<image>_2.jpg`, ..."""
     seen = collections.Counter()
-    for image_id, picture in pictures:
-        name = os.path.basename(image_id)
+    for name, picture in pictures:
         seen[name] += 1
         if show:
             picture.show(title=name)
@@ -69,26 +68,26 @@ def write(pictures, output_dir, show):
 
 
 def load_records(cfg):
-    return [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    return [record for name in cfg.DATASETS.TRAIN for record in catalog.load_records(name, for_training=True)]
 
 
 def from_annotations(cfg, num_images):
-    """(image_id, picture) of the files, with the boxes as listed."""
+    """(name, picture) of the files, with the boxes as listed."""
     records = load_records(cfg)
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     for record in tqdm(records, desc="drawing", unit="image"):
-        boxes, ignored = record["gt_boxes"], record["gt_ignore"]
+        boxes, ignored, _ = faces_of(record)
         try:
             image = as_rgb(record["file_name"])
         except (FileNotFoundError, ValueError) as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        yield record["image_id"], draw_annotations(image, boxes[~ignored], boxes[ignored])
+        yield name_of(record), draw_annotations(image, boxes[~ignored], boxes[ignored])
 
 
 def from_dataloader(cfg, num_images):
-    """(image_id, picture) of what the training loop would get."""
+    """(name, picture) of what the training loop would get."""
     num_images = num_images or len(load_records(cfg))
     if cfg.SEED < 0:
         cfg.SEED = secrets.randbelow(2**31)  # other views with every start
@@ -100,7 +99,7 @@ def from_dataloader(cfg, num_images):
                     return
                 image = utils.convert_image_to_rgb(view["image"].permute(1, 2, 0).numpy(), cfg.INPUT.FORMAT)
                 faces, ignored = view["instances"].gt_boxes.tensor.numpy(), view["ignore_boxes"].tensor.numpy()
-                yield view["image_id"], draw_annotations(Image.fromarray(image), faces, ignored)
+                yield name_of(view), draw_annotations(Image.fromarray(image), faces, ignored)
                 bar.update()
 
 

@@ -21,7 +21,7 @@ def load_records(dataset_name: str, *, for_training: bool) -> list[dict]:
             data set and the image.
     """
     if dataset_name not in DatasetCatalog.list():
-        raise ValueError(f"no data set is registered as {dataset_name!r}")
+        raise ValueError(f"the data set {dataset_name!r} is not registered")
     records = load_coco(dataset_name) if has_coco_file(dataset_name) else DatasetCatalog.get(dataset_name)
     if not isinstance(records, (list, tuple)):
         raise ValueError(f"{dataset_name}: its function must give a list of dicts, got {type(records).__name__}")

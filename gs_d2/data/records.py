@@ -146,6 +146,12 @@ def check_record(record, for_training: bool) -> Faces | None:
     return faces
 
 
+def name_of(record: dict) -> str:
+    """What a picture of an image or of one of its views is called: the last part of its id or, without, of its file."""
+    image_id = record.get("image_id")
+    return os.path.basename(os.path.splitext(os.fspath(record["file_name"]))[0] if image_id is None else str(image_id))
+
+
 def check_image_id(image_id) -> None:
     """Raises ValueError unless it can identify an image: text, or a whole number."""
     if not ((isinstance(image_id, str) and image_id) or _is_whole(image_id)):
