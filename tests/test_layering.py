@@ -276,6 +276,7 @@ RULES = {
             "detectron2.structures",
             "detectron2.utils",
             "gs_d2.compat",
+            "gs_d2.data.workers",
             "gs_d2.engine",
             "gs_d2.formats.json_text",
         ),

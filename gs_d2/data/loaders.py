@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data import DatasetFromList, MapDataset, build_detection_test_loader
 
 from gs_d2.data.catalog import load_records
 from gs_d2.data.check_data_sets import check_test_images
 from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
 from gs_d2.data.dataset_mapper import BadDataError, off_the_image
 from gs_d2.data.records import faces_of
+from gs_d2.data.workers import InWorkers
 
 _MAX_TRIES = 100  # of images in place of a bad one
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def build_test_loader(cfg, dataset_name: str):
     records = load_records(dataset_name, for_training=False)
     check_test_images(dataset_name, records)
     mapper = dataset_mapper_of(dataset_name)(cfg, is_train=False)
-    return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    images = InWorkers(MapDataset(DatasetFromList(records, copy=False), mapper))
+    return build_detection_test_loader(images, mapper=None, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
 class TrainingViews(torch.utils.data.Dataset):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.data import build_test_loader, build_training_views, register_subset
+from gs_d2.data.workers import explained
 from gs_d2.engine.checks import check_classes, check_training
 from gs_d2.engine.metrics_file import with_strict_json
 from gs_d2.engine.optimizer import build_optimizer
@@ -153,7 +154,7 @@ class Trainer(DefaultTrainer):
                 DatasetEvaluators([cls.build_evaluator(cfg, name), DetectionWatch(name, scales)])
                 for name in cfg.DATASETS.TEST
             ]
-        with _detections_by_scale(cfg, model):
+        with explained(), _detections_by_scale(cfg, model):
             return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
 
     @classmethod
