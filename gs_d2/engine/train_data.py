@@ -1,13 +1,13 @@
 """The stream of training images: endless, shuffled, and entered at any iteration."""
 
 import itertools
-import os
 
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.utils import comm
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
+from gs_d2.data.workers import prepare_worker
 from gs_d2.engine.seeding import ORDER, SAMPLE, derive_seeds, seed_generators
 
 
@@ -104,14 +104,7 @@ class SeededViews(Dataset):
         return len(self._views)
 
     def __getitem__(self, place_and_row: tuple[int, int]):
-        _leave_process_group()
+        prepare_worker()
         place, row = place_and_row
         seed_generators(self.seed, SAMPLE, place)
         return self._views[row]
-
-
-def _leave_process_group():
-    """In a loader worker: torchrun sends SIGTERM to the whole group, of which it is the training process's to decide
-    when the workers end. Does nothing elsewhere."""
-    if get_worker_info() is not None and os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)
