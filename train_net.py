@@ -7,6 +7,9 @@ python train_net.py --config-file ... --resume
 python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
 """
 
+import os
+from glob import glob
+
 import torch
 
 from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
@@ -16,6 +19,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from gs_d2.checkpoint import fetch_weights
 from gs_d2.command_line import bad_input_ends
 from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
@@ -38,8 +42,15 @@ def checked_config(args):
         )
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
+    if args.eval_only and not args.resume and "://ImageNetPretrained/" in cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            f"--eval-only with MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}, which are a backbone's alone: add MODEL.WEIGHTS "
+            "path/to/model_final.pth to the command"
+        )
     check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     check_classes(cfg, training=not args.eval_only)
+    if cfg.MODEL.WEIGHTS and not (args.resume and glob(os.path.join(cfg.OUTPUT_DIR, "*.pth"))):
+        fetch_weights(cfg.MODEL.WEIGHTS)  # what goes wrong is said once, before any process
     return cfg
 
 

@@ -12,6 +12,7 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from gs_d2.formats.whole_file import write_whole
 from gs_d2.weights import read_weights
@@ -80,7 +81,8 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is a pickle, damaged, holds no model or one that does not fit, or is "" though `strict`.
+            ValueError: it is a pickle, damaged, cannot be downloaded, holds no model or one that does not fit, or is ""
+                though `strict`.
         """
         self._source = path = os.fspath(path or "")
         if not path and self.strict:
@@ -88,8 +90,8 @@ class Checkpointer(DetectionCheckpointer):
         path = path.removesuffix(_HEURISTICS)
         if "://" in path and ".." in path:  # downloads go to a folder of the cache that is named after the address
             raise ValueError(f"{path}: an address of weights must not have '..'")
-        if path and "://" not in path and not os.path.isfile(path):
-            raise FileNotFoundError(f"no such weights: {path}")
+        if path:
+            fetch_weights(path, self.path_manager)
         self._must_fit = self.strict or checkpointables is None
         try:
             return super().load(path, checkpointables)
@@ -129,10 +131,10 @@ class Checkpointer(DetectionCheckpointer):
                 if keys
             ]
             if problems:
-                raise ValueError(
-                    f"{self._source} does not fit the config's model{', nor any part of it' * nothing_fits}. Keys "
-                    + "; ".join(problems)
-                )
+                whose = ", nor any part of it" * nothing_fits
+                if missing and not any(key.startswith("backbone.") for key in missing) and not nothing_fits:
+                    whose = ": it has the weights of a backbone alone, which training begins with"
+                raise ValueError(f"{self._source} does not fit the config's model{whose}. Keys {'; '.join(problems)}")
         return incompatible
 
     # Resuming
@@ -217,20 +219,49 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self._weights()}
         others = {key: value.state_dict() for key, value in self.checkpointables.items()} | kwargs
-        data |= {key: _plain(value, key) for key, value in others.items()}
+        self._write(name, others)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name, **kwargs):
+        """Writes `<save_dir>/<name>.pth` with the weights and `kwargs` alone: nothing resumes from it."""
+        if self.save_dir and self.save_to_disk:
+            self._write(name, kwargs)
+
+    def _write(self, name, others: dict):
+        data = {"model": self._weights()} | {key: _plain(value, key) for key, value in others.items()}
         file_name = f"{name}.pth"
         if file_name != os.path.basename(file_name):
             raise ValueError(f"the name of a checkpoint must not have folders, got {name!r}")
         path = os.path.join(self.save_dir, file_name)
         _logger.info(f"Saving checkpoint to {path}")
         write_whole(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(file_name)
 
     def tag_last_checkpoint(self, last_filename_basename):
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_whole(path, lambda file: file.write(last_filename_basename.encode()))
+
+
+def fetch_weights(path: str, path_manager=PathManager) -> None:
+    """Downloads what an address (`detectron2://`, `https://`) names, unless the cache has it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be downloaded; in one line, with what to do on a machine without a network.
+    """
+    path = path.removesuffix(_HEURISTICS)
+    if "://" not in path:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no such weights: {path}")
+        return
+    try:
+        path_manager.get_local_path(path)
+    except Exception as error:  # of the network, the disk or the server; iopath raises nearly anything
+        reason = (str(error).splitlines() or [""])[0] or repr(error)
+        raise ValueError(
+            f"MODEL.WEIGHTS {path} cannot be downloaded ({reason}). On a machine without a network make a file with "
+            "tools/convert_torchvision.py, from torchvision's weights of a ResNet, and set MODEL.WEIGHTS to it"
+        ) from error
 
 
 def _iteration(path, allow_pickle) -> int:

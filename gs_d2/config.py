@@ -151,6 +151,11 @@ def add_gs_config(cfg):
     # Above 0, say 0.999: evaluations and checkpoints have an exponential moving average of the weights; every optimizer
     # step keeps this share of it (at first less: docs/training.md). Not scaled to the number of processes. 0 = none.
     cfg.SOLVER.GS.EMA_DECAY = 0.0
+    # Above 0: of the checkpoints that SOLVER.CHECKPOINT_PERIOD writes only so many stay, the last. 0 = all.
+    cfg.SOLVER.GS.KEEP_LAST = 0
+    # A metric by its name in TensorBoard, without "periodic/", say "wider_face/hard": model_best.pth has the weights
+    # for which an evaluation (TEST.EVAL_PERIOD) found it highest. "" = no such file.
+    cfg.SOLVER.GS.KEEP_BEST = ""
     # With SOLVER.LR_SCHEDULER_NAME "WarmupFlatDecayLR": the rate is flat after the warm-up and falls linearly over this
     # many last iterations; STEPS and GAMMA are not read. A flat run can be resumed with another MAX_ITER.
     cfg.SOLVER.GS.DECAY_ITERS = 0

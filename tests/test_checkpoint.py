@@ -153,6 +153,19 @@ def test_pickles_of_other_places_are_not(downloads, address):
         downloads[0](net()).load(address, checkpointables=[])
 
 
+def test_a_machine_without_a_network_says_what_to_do():
+    class Offline:
+        def get_local_path(self, address):
+            raise OSError("Name or service not known\nand more")
+
+    checkpointer = Checkpointer(net())
+    checkpointer.path_manager = Offline()
+    with pytest.raises(
+        ValueError, match=r"R-50\.pkl cannot be downloaded \(Name .* known\)\. .*convert_torchvision\.py"
+    ):
+        checkpointer.load("detectron2://ImageNetPretrained/torchvision/R-50.pkl", checkpointables=[])
+
+
 @pytest.mark.parametrize("address", ["detectron2://../../tmp/x.pkl", "https://example.com/../../../home/x.pth"])
 def test_addresses_that_climb_out_of_the_cache(downloads, address):
     build, asked = downloads
@@ -242,6 +255,15 @@ def test_weights_to_evaluate_fit_both_ways(tmp_path, kind):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights\.pth does not fit the config's model\. Keys " + message):
         Checkpointer(net(), strict=True).resume_or_load(str(tmp_path / "weights.pth"), resume=False)
+
+
+def test_weights_of_a_backbone_are_not_evaluated(tmp_path):
+    model = torch.nn.ModuleDict({"backbone": net(1), "head": net(2)})
+    backbone = {key: value for key, value in model.state_dict().items() if key.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"it has the weights of a backbone alone, which training begins with\. Keys"):
+        Checkpointer(model, strict=True).load(str(tmp_path / "weights.pth"))
+    Checkpointer(model).load(str(tmp_path / "weights.pth"), checkpointables=[])
 
 
 @pytest.mark.parametrize("kind", MISFITS)

@@ -82,6 +82,7 @@ RULES = {
             "torch",
             "detectron2.checkpoint.DetectionCheckpointer",
             "detectron2.utils.comm",
+            "detectron2.utils.file_io.PathManager",
             "gs_d2.compat",
             "gs_d2.formats.whole_file",
             "gs_d2.weights",
@@ -293,8 +294,8 @@ RULES = {
         files=tuple(
             f"gs_d2/engine/{name}.py"
             for name in (
+                "keeping",
                 "launch",
-                "metrics_file",
                 "nonfinite",
                 "schedule",
                 "seeding",
@@ -303,11 +304,13 @@ RULES = {
                 "train_data",
                 "watchdog",
                 "weight_average",
+                "writers",
             )
         ),
         may=(
             "numpy",
             "torch",
+            "fvcore.common.history_buffer",
             "fvcore.common.param_scheduler",
             "detectron2.data",
             "detectron2.engine",
@@ -318,6 +321,7 @@ RULES = {
             "gs_d2.data.workers",
             "gs_d2.engine",
             "gs_d2.formats.json_text",
+            "gs_d2.weights",
         ),
         never=(TORCH_OPS_DIRECTLY,),
     ),

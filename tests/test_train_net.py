@@ -292,6 +292,33 @@ def test_eval_only_without_weights(monkeypatch, tmp_path, refused):
     assert not (tmp_path / "x").exists()
 
 
+def test_eval_only_with_the_weights_that_training_begins_with(monkeypatch, tmp_path, refused):
+    weights = ("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl")
+    with refused(r"--eval-only with MODEL\.WEIGHTS detectron2://.*R-50\.pkl, which are a backbone's alone"):
+        run_here(monkeypatch, "--config-file", str(ROOT / CONFIG), "--eval-only", *weights)
+
+
+def test_weights_that_cannot_be_had_are_said_once(monkeypatch, drawn_datasets, tmp_path, generated_train, refused):
+    """In one line, before any process; not where a checkpoint is resumed from."""
+    monkeypatch.setattr("gs_d2.engine.launch", lambda *_: None)
+    data = ("DATASETS.TRAIN", f"('{generated_train}',)", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path))
+    command = ("--config-file", str(ROOT / CONFIG))
+    for weights, message in (
+        ("detectron2://nowhere/R-50.pkl", r"cannot be downloaded .*tools/convert_torchvision\.py[^\n]*\n$"),
+        ("nowhere/R-50.pth", r"no such weights: nowhere/R-50\.pth\n$"),
+    ):
+        opts = (*data, "MODEL.WEIGHTS", weights)
+        with refused(message), monkeypatch.context() as offline:
+            offline.setattr("gs_d2.checkpoint.PathManager.get_local_path", fail)
+            run_here(monkeypatch, *command, *opts)
+    (tmp_path / "model_0000001.pth").touch()
+    run_here(monkeypatch, *command, "--resume", *opts)
+
+
+def fail(*_, **__):
+    raise OSError("Network is unreachable")
+
+
 @pytest.mark.parametrize("flag", [(), ("--eval-only",), ("--resume",)])
 def test_breaking_defaults_are_refused(monkeypatch, tmp_path, flag, refused):
     with refused(r"MODEL\.RPN\.NMS_THRESH is Detectron2's default 0\.7"):

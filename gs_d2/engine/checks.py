@@ -95,6 +95,14 @@ def check_training(cfg):
         raise ValueError(f"SOLVER.GS.BACKBONE_MULTIPLIER must be positive, got {gs.BACKBONE_MULTIPLIER}")
     if gs.NONFINITE_LOSS not in ("stop", "skip"):
         raise ValueError(f"SOLVER.GS.NONFINITE_LOSS must be stop or skip, got {gs.NONFINITE_LOSS!r}")
+    if gs.KEEP_LAST < 0:
+        raise ValueError(f"SOLVER.GS.KEEP_LAST must be a number of checkpoints, or 0 for all, got {gs.KEEP_LAST}")
+    reference, ims_per_batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference < 0 or (reference and ims_per_batch % reference):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {ims_per_batch} is for SOLVER.REFERENCE_WORLD_SIZE {reference} processes, which do "
+            "not divide it: set IMS_PER_BATCH to a multiple, or REFERENCE_WORLD_SIZE 0 to take the batch as it is"
+        )
     _check_schedule(cfg)
     if cfg.TEST.GS.PERIODIC_IMAGES < 0:
         raise ValueError(

@@ -11,6 +11,7 @@ from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hoo
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from gs_d2.checkpoint import Checkpointer
 from gs_d2.data import build_test_loader, build_training_views, register_subset
 from gs_d2.data.workers import explained
 from gs_d2.engine.checks import check_classes, check_training
-from gs_d2.engine.metrics_file import with_strict_json
+from gs_d2.engine.keeping import KeepBest, KeepLast
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.resuming import (
     RunSettings,
@@ -33,6 +34,7 @@ from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.stopping import StopHook, Stopped, StopSignal, save_before_stopping
 from gs_d2.engine.train_data import TrainLoader
 from gs_d2.engine.watchdog import DetectionWatch, TrainingWatch
+from gs_d2.engine.writers import Console, MetricsFile
 from gs_d2.evaluation import (
     CocoEvaluator,
     CocoRecallEvaluator,
@@ -104,13 +106,17 @@ class Trainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers):
-        """Detectron2's, and SOLVER.GS.DECAY_ITERS as it scales MAX_ITER."""
+        """Detectron2's, and SOLVER.GS.DECAY_ITERS as it scales MAX_ITER; periods stay at least 1."""
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
-        if scaled is not cfg and cfg.SOLVER.GS.DECAY_ITERS > 0:
-            decay_iters = cfg.SOLVER.GS.DECAY_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
+        if scaled is not cfg:
             frozen = scaled.is_frozen()
             scaled.defrost()
-            scaled.SOLVER.GS.DECAY_ITERS = max(1, round(decay_iters))
+            if cfg.SOLVER.GS.DECAY_ITERS > 0:
+                decay_iters = cfg.SOLVER.GS.DECAY_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
+                scaled.SOLVER.GS.DECAY_ITERS = max(1, round(decay_iters))
+            scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
+            if cfg.TEST.EVAL_PERIOD > 0:
+                scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
             if frozen:
                 scaled.freeze()
         return scaled
@@ -129,14 +135,24 @@ class Trainer(DefaultTrainer):
         return LRMultiplier(optimizer, multiplier=multiplier, max_iter=cfg.SOLVER.MAX_ITER)
 
     def build_writers(self):
-        return with_strict_json(super().build_writers())
+        """Detectron2's, but for what :mod:`gs_d2.engine.writers` has."""
+        folder = self.cfg.OUTPUT_DIR
+        os.makedirs(folder, exist_ok=True)
+        metrics_file = MetricsFile(os.path.join(folder, "metrics.json"))
+        return [Console(self.max_iter), metrics_file, TensorboardXWriter(folder)]
 
     def build_hooks(self):
         """Detectron2's, with evaluations of the averaged weights where there are any, and a watch over the scores."""
         evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        around = [StopHook(), evaluation]
+        if self.cfg.SOLVER.GS.KEEP_LAST:
+            solver = self.cfg.SOLVER
+            around.insert(0, KeepLast(self.cfg.OUTPUT_DIR, solver.CHECKPOINT_PERIOD, solver.GS.KEEP_LAST))
+        if self.cfg.SOLVER.GS.KEEP_BEST:
+            around.append(KeepBest(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.GS.KEEP_BEST))
         built = []
         for hook in super().build_hooks():
-            built += [StopHook(), evaluation] if isinstance(hook, hooks.EvalHook) else [hook]
+            built += around if isinstance(hook, hooks.EvalHook) else [hook]
         return [*built, TrainingWatch()] if comm.is_main_process() else built
 
     def _evaluate(self):

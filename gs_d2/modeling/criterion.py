@@ -134,7 +134,8 @@ def log_group_statistics(
             (Tensor[B, R])
     """
     storage = get_event_storage()
-    if storage.iter % _LOG_PERIOD != 0:
+    # In the iterations whose end is when Detectron2 writes, and in the first, for runs that are shorter.
+    if storage.iter != 0 and (storage.iter + 1) % _LOG_PERIOD != 0:
         return
     statistics = {
         label: group_sums(mask, scale_idxs, len(scales)).mean(dim=0)

@@ -80,7 +80,7 @@ def recording(self, batches):
         print(self.iter, *(os.path.basename(image["file_name"]) for image in batches[-1]), file=file)
     return forward_backward(self, batches)
 AccumulatingTrainer._forward_backward = recording
-{{more}}
+# more
 runpy.run_path({str(ROOT / "train_net.py")!r}, run_name="__main__")
 """
 
@@ -96,7 +96,7 @@ def start_torchrun(datasets, output, *opts, processes=2, flags=("--resume",), mo
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     script = output / "recording.py"
-    script.write_text(RECORDING.format(more=more))
+    script.write_text(RECORDING.replace("# more", more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [*torchrun, str(script), "--config-file", "configs/quick/demo.yaml", *flags, *SMALL]
     command += ["DATASETS.TEST", "()", "OUTPUT_DIR", str(output), *map(str, opts)]

@@ -104,6 +104,18 @@ def test_more_processes_than_gpus_are_refused(torchrun, monkeypatch):
         launch(refuse, arguments(), "cuda", ())
 
 
+def test_processes_wait_as_long_as_detectron2s(torchrun, monkeypatch):
+    from detectron2.engine.launch import DEFAULT_TIMEOUT
+
+    given = {}
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(torch.distributed.HashStore(), 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(compat, "create_local_process_group", lambda _: None)
+    with pytest.raises(AssertionError, match="main was called"):
+        launch(refuse, arguments(), "cpu", ())
+    assert given["timeout"] == DEFAULT_TIMEOUT
+
+
 def local_ranks():
     from detectron2.utils import comm
 

@@ -159,3 +159,12 @@ def test_the_decay_scales_with_the_length(drawn_datasets, tmp_path):
     scaled = Trainer.auto_scale_workers(cfg, 2)
     assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.GS.DECAY_ITERS, scaled.is_frozen()) == (400, 44, True)
     assert cfg.SOLVER.GS.DECAY_ITERS == 11 and Trainer.auto_scale_workers(cfg, 8) is cfg
+
+
+def test_periods_stay_at_least_one(drawn_datasets, tmp_path):
+    """Detectron2 rounds them to 0, by which its checkpointer divides."""
+    opts = ("SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
+    scaled = Trainer.auto_scale_workers(small_config(drawn_datasets, tmp_path, *opts), 8)
+    assert (scaled.SOLVER.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (1, 1)
+    opts = (*opts, "TEST.EVAL_PERIOD", 0)
+    assert Trainer.auto_scale_workers(small_config(drawn_datasets, tmp_path, *opts), 8).TEST.EVAL_PERIOD == 0

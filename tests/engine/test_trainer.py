@@ -44,6 +44,11 @@ from gs_d2.inference import PyramidDetector
             ("MODEL.META_ARCHITECTURE", "GroupSamplingRetinaNet", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"),
             r"does nothing in",
         ),
+        (
+            ("SOLVER.REFERENCE_WORLD_SIZE", 3, "SOLVER.IMS_PER_BATCH", 8),
+            r"IMS_PER_BATCH 8 is for SOLVER\.REFERENCE_WORLD_SIZE 3 processes, which do not divide it: set",
+        ),
+        (("SOLVER.REFERENCE_WORLD_SIZE", -1), r"REFERENCE_WORLD_SIZE -1 processes"),
         (("SOLVER.IMS_PER_BATCH", 0), r"SOLVER\.IMS_PER_BATCH must be a multiple of the 1 processes, got 0"),
         (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), r"set it to TrainingSampler"),
     ],

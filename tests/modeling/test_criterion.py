@@ -285,7 +285,7 @@ def test_scores_of_a_scale_are_logged():
 
 
 def test_statistics_are_logged_now_and_then():
-    for iteration, count in ((19, 0), (20, 1)):
+    for iteration, count in ((0, 1), (18, 0), (19, 1), (20, 0)):
         with EventStorage(iteration) as storage:
             log_group_statistics(
                 "groups", [16.0], torch.zeros(4).long(), *torch.zeros(2, 1, 4, dtype=torch.int8), torch.ones(1, 4)
