@@ -47,7 +47,8 @@ def checked_config(args):
             f"--eval-only with MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}, which are a backbone's alone: add MODEL.WEIGHTS "
             "path/to/model_final.pth to the command"
         )
-    check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    train_names = None if args.eval_only else cfg.DATASETS.TRAIN
+    check_data_sets(train_names, cfg.DATASETS.TEST, cfg.DATASETS.GS.MAX_MISSING)
     check_classes(cfg, training=not args.eval_only)
     if cfg.MODEL.WEIGHTS and not (args.resume and glob(os.path.join(cfg.OUTPUT_DIR, "*.pth"))):
         fetch_weights(cfg.MODEL.WEIGHTS)  # what goes wrong is said once, before any process

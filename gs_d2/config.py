@@ -17,8 +17,8 @@ _MAX_CONFIG_BYTES = 2**20  # of a file, and of what it stands for when all alias
 
 
 def add_gs_config(cfg):
-    """Adds MODEL.GS, INPUT.GS, SOLVER.GS and TEST.GS to a Detectron2 config, in place, and registers what a config can
-    name with Detectron2: the parts of gs_d2.modeling and the data sets of gs_d2.data.
+    """Adds MODEL.GS, INPUT.GS, DATASETS.GS, SOLVER.GS and TEST.GS to a Detectron2 config, in place, and registers what
+    a config can name with Detectron2: the parts of gs_d2.modeling and the data sets of gs_d2.data.
 
     Where a Detectron2 key fits it is used instead: MODEL.RPN.BATCH_SIZE_PER_IMAGE is N, the samples per group (per
     image without groups); POSITIVE_FRACTION, IOU_THRESHOLDS [low, high], NMS_THRESH, PRE_NMS_TOPK_* and
@@ -135,6 +135,11 @@ def add_gs_config(cfg):
     # Strength s in [0, 1]: brightness, contrast and saturation of training views change by factors drawn uniformly from
     # [1 - s, 1 + s], each its own (Detectron2's RandomBrightness, RandomContrast, RandomSaturation). 0 = as they are.
     cfg.INPUT.GS.COLOR_JITTER = 0.0
+
+    cfg.DATASETS.GS = CN()
+    # Training is refused where a larger share of a training set's images is missing. Those that are missing are counted
+    # when it begins, and others take their places.
+    cfg.DATASETS.GS.MAX_MISSING = 0.01
 
     cfg.SOLVER.GS = CN()
     # "sgd", Detectron2's and the paper's, or "adamw" with betas (SOLVER.MOMENTUM, 0.999): small networks without

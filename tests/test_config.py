@@ -471,6 +471,14 @@ def batch(num_images, scales=()):
     return inputs
 
 
+@pytest.mark.parametrize("name", YAML_FILES)
+def test_evaluations_while_training_are_cheap_where_the_whole_one_is_not(name):
+    """The pyramid on all images takes as long as a good part of the training."""
+    test = load_config(CONFIGS / name).TEST
+    if test.GS.PYRAMID and test.EVAL_PERIOD:
+        assert not test.GS.PERIODIC_PYRAMID and 0 < test.GS.PERIODIC_IMAGES <= 500
+
+
 def test_the_papers_baseline_differs_in_anchors_and_sampling_alone():
     baseline, ours = dict(leaves(load("wider/fpn.yaml"))), dict(leaves(load("wider/fpn_finest_sampling.yaml")))
     changed = {key: value for key, value in baseline.items() if value != ours[key]}

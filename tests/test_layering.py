@@ -296,6 +296,7 @@ RULES = {
             for name in (
                 "keeping",
                 "launch",
+                "left_out",
                 "nonfinite",
                 "schedule",
                 "seeding",

@@ -1,6 +1,7 @@
 """From a dataset dict to what the detectors take: augmented image, faces, and regions to ignore."""
 
 import copy
+import time
 
 import numpy as np
 import torch
@@ -8,16 +9,28 @@ from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
 from gs_d2.data.augmentation import FaceCrop, ScaleJitterCrop
 from gs_d2.data.records import faces_of
-from gs_d2.formats.images import as_rgb
+from gs_d2.formats.images import TransientReadError, as_rgb
 
+_WAITS = (0.2, 1.0, 4.0)  # seconds, before a drive that does not answer is asked again
 _LEAST_SHOWN = 0.25  # of a box's area; one around a face and its centre in the image shows at least this
 
 
 class BadDataError(ValueError):
     """An image, or its annotation, cannot be used; names the file."""
+
+
+def _read_patiently(path) -> Image.Image:
+    """:func:`as_rgb`, tried again where the drive does not answer."""
+    for seconds in _WAITS:
+        try:
+            return as_rgb(path)
+        except TransientReadError:
+            time.sleep(seconds)
+    return as_rgb(path)
 
 
 class FaceDatasetMapper:
@@ -80,6 +93,7 @@ class FaceDatasetMapper:
 
         Raises:
             FileNotFoundError: there is no such image.
+            TransientReadError: the drive did not answer, also after a few seconds.
             BadDataError: the image cannot be read (see :func:`gs_d2.formats.images.as_rgb`), has not the `height` and
                 `width` that the dict gives, or the boxes have NaN or infinity; names the file. Nothing random has been
                 drawn by then. :func:`gs_d2.data.loaders.TrainingViews` takes another image in its place.
@@ -107,7 +121,7 @@ class FaceDatasetMapper:
 
     def _read(self, dataset_dict) -> np.ndarray:
         try:
-            image = utils.convert_PIL_to_numpy(as_rgb(dataset_dict["file_name"]), self.image_format)
+            image = utils.convert_PIL_to_numpy(_read_patiently(dataset_dict["file_name"]), self.image_format)
             utils.check_image_size(dict(dataset_dict), image)
         except ValueError as error:
             raise BadDataError(str(error)) from error

@@ -8,11 +8,13 @@ import torch
 from detectron2.data import DatasetFromList, MapDataset, build_detection_test_loader
 
 from gs_d2.data.catalog import load_records
-from gs_d2.data.check_data_sets import check_test_images
+from gs_d2.data.check_data_sets import check_missing, check_test_images
 from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
 from gs_d2.data.dataset_mapper import BadDataError, off_the_image
+from gs_d2.data.missing_files import say_missing
 from gs_d2.data.records import faces_of
 from gs_d2.data.workers import InWorkers
+from gs_d2.formats.images import TransientReadError
 
 _MAX_TRIES = 100  # of images in place of a bad one
 _logger = logging.getLogger(__name__)
@@ -24,8 +26,11 @@ def build_training_views(cfg) -> "TrainingViews":
     Each image has the mapper of its own data set. DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without an
     object, as in Detectron2, but not those of lists of faces (:func:`gs_d2.data.load_wider_face`): they are negatives.
 
+    Images that are missing are looked for once, here, and never asked for.
+
     Raises:
         ValueError: a data set cannot be trained on; names it.
+        FileNotFoundError: more than the share DATASETS.GS.MAX_MISSING of the images are missing, or all.
     """
     records, mappers, mapper_of_type = [], [], {}
     for name in cfg.DATASETS.TRAIN:
@@ -40,7 +45,10 @@ def build_training_views(cfg) -> "TrainingViews":
             mapper_of_type[mapper_type] = mapper_type(cfg, is_train=True)
         records += of_data_set
         mappers += [mapper_of_type[mapper_type]] * len(of_data_set)
-    return TrainingViews(records, mappers)
+    missing = check_missing(records, cfg.DATASETS.GS.MAX_MISSING)
+    if missing:
+        _logger.warning(f"Left out of training: {say_missing(records, missing)}")
+    return TrainingViews(records, mappers, missing)
 
 
 def build_test_loader(cfg, dataset_name: str):
@@ -69,20 +77,33 @@ class TrainingViews(torch.utils.data.Dataset):
     Args:
         dataset_dicts: dataset dicts.
         mappers: makes a view of a dict, or one for each of them that does; BadDataError and FileNotFoundError mean that
-            another image is to take its place.
+            another image is to take its place, TransientReadError that it is for this time.
+        missing: indices of images that are known not to be there.
 
     Raises:
         RuntimeError: by an item for which 101 images (or all, where there are fewer) proved bad.
     """
 
-    def __init__(self, dataset_dicts: list[dict], mappers: Callable | Sequence[Callable]):
+    def __init__(self, dataset_dicts: list[dict], mappers: Callable | Sequence[Callable], missing: Sequence[int] = ()):
         self._dataset_dicts = DatasetFromList(dataset_dicts, copy=False)
         self._mappers = [mappers] * len(dataset_dicts) if callable(mappers) else list(mappers)
         self._bad = torch.zeros(len(dataset_dicts), dtype=torch.bool).share_memory_()  # with all workers
-        self._boxes_reported = self._bad.clone().share_memory_()
+        self._bad[list(missing)] = True
+        self._boxes_reported = torch.zeros_like(self._bad).share_memory_()
+        self._read_errors = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self):
         return len(self._dataset_dicts)
+
+    @property
+    def left_out(self) -> list[int]:
+        """Indices of the images that this process knows not to be usable."""
+        return torch.nonzero(self._bad)[:, 0].tolist()
+
+    @property
+    def num_read_errors(self) -> int:
+        """How often the drive did not answer this process, so that another image took the place of one."""
+        return int(self._read_errors)
 
     def __getitem__(self, index: int) -> dict:
         view = self._view(index)
@@ -109,6 +130,10 @@ class TrainingViews(torch.utils.data.Dataset):
         except (BadDataError, FileNotFoundError) as error:
             self._bad[index] = True
             _logger.warning(f"Left out of training, for another image: {error}")
+            return None
+        except TransientReadError as error:
+            self._read_errors += 1
+            _logger.warning(f"Another image in its place, this time: {error}")
             return None
         if not self._boxes_reported[index]:
             self._boxes_reported[index] = True

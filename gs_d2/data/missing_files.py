@@ -16,6 +16,17 @@ def check_folder(image_root, hint: str) -> None:
         raise FileNotFoundError(f"There is no folder {image_root} with the images. {hint}")
 
 
+def missing_images(dataset_dicts: list[dict]) -> list[int]:
+    """The indices of those whose `file_name` is not there. No image is opened."""
+    return [i for i, record in enumerate(dataset_dicts) if not os.path.isfile(record["file_name"])]
+
+
+def say_missing(dataset_dicts: list[dict], missing: list[int]) -> str:
+    """Of :func:`missing_images`: how many, and the first."""
+    count, total = len(missing), len(dataset_dicts)
+    return f"{count:,} of {total:,} images are missing, first {dataset_dicts[missing[0]]['file_name']}"
+
+
 def check_images(dataset_dicts: list[dict], image_root, hint: str) -> None:
     """Raises FileNotFoundError, with numbers, an example and the hint, unless every `file_name` is there, and the
     folder of them (None where there is no one folder)."""
@@ -24,8 +35,6 @@ def check_images(dataset_dicts: list[dict], image_root, hint: str) -> None:
     nameless = [d for d in dataset_dicts if d.get("file_name") is None]
     if nameless:
         raise ValueError(f"{len(nameless)} of {len(dataset_dicts)} dicts have no file_name")
-    missing = [d["file_name"] for d in dataset_dicts if not os.path.isfile(d["file_name"])]
+    missing = missing_images(dataset_dicts)
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(dataset_dicts)} images are missing, first {missing[0]}. {hint}"
-        )
+        raise FileNotFoundError(f"{say_missing(dataset_dicts, missing)}. {hint}")

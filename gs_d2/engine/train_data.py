@@ -44,6 +44,7 @@ class TrainLoader:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, got {total_batch_size}"
             )
+        self.views = views
         self.dataset = SeededViews(views, seed)
         self._seed = seed
         self._images_per_iteration = total_batch_size * batches_per_iteration

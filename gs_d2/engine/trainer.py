@@ -20,6 +20,7 @@ from gs_d2.data import build_test_loader, build_training_views, register_subset
 from gs_d2.data.workers import explained
 from gs_d2.engine.checks import check_classes, check_training
 from gs_d2.engine.keeping import KeepBest, KeepLast
+from gs_d2.engine.left_out import LeftOutHook
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.resuming import (
     RunSettings,
@@ -150,6 +151,9 @@ class Trainer(DefaultTrainer):
             around.insert(0, KeepLast(self.cfg.OUTPUT_DIR, solver.CHECKPOINT_PERIOD, solver.GS.KEEP_LAST))
         if self.cfg.SOLVER.GS.KEEP_BEST:
             around.append(KeepBest(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.GS.KEEP_BEST))
+        views = getattr(self.data_loader, "views", None)
+        if hasattr(views, "left_out"):
+            around.append(LeftOutHook(views))
         built = []
         for hook in super().build_hooks():
             built += around if isinstance(hook, hooks.EvalHook) else [hook]

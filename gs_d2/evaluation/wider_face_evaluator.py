@@ -16,7 +16,7 @@ from gs_d2.data.records import check_record
 from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, rows_of
 from gs_d2.evaluation.wider_face import SCALE_SUBSETS, WiderResult, evaluate_wider_face
 from gs_d2.formats.files import is_inside, quantize
-from gs_d2.formats.wider_face import WiderGroundTruth
+from gs_d2.formats.wider_face import GROUND_TRUTH_FILES, WiderGroundTruth
 from gs_d2.formats.wider_predictions import write_wider_predictions
 
 _logger = logging.getLogger(__name__)
@@ -52,12 +52,28 @@ class WiderFaceEvaluator(DetectionEvaluator):
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, **kwargs):
         super().__init__(dataset_name, output_dir, **kwargs)
-        for record in load_records(dataset_name, for_training=False):
+        records = load_records(dataset_name, for_training=False)
+        self._missing_are_named = self._name_missing_files(records)
+        for record in records:
             if not is_inside(str(record["image_id"])):
                 raise ValueError(
                     f"{dataset_name}: image_id {record['image_id']!r} ({record.get('file_name')}) cannot name a file "
                     "of predictions: make it a relative path such as event/image"
                 )
+
+    def _name_missing_files(self, records) -> bool:
+        """Before training, and not when the first evaluation looks for them. Whether there was anything to name."""
+        folder = MetadataCatalog.get(self._dataset_name).get("ground_truth_dir")
+        absent = [name for name in GROUND_TRUTH_FILES if folder and not os.path.exists(os.path.join(folder, name))]
+        if not absent or not any("gt_boxes" in record for record in records):
+            return False
+        without = (
+            "only all and all_valid are computed" if GROUND_TRUTH_FILES[0] in absent else "their subsets are left out"
+        )
+        _logger.warning(
+            f"{self._dataset_name}: {folder} has no {', '.join(absent)}, of the official evaluation tools: {without}"
+        )
+        return True
 
     def _keep(self, image, rows, output):
         by_scale = None
@@ -102,7 +118,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
             invalid = {} if faces is None else {"invalid": faces.ignore}
             attributes.append({**invalid, **record.get("attributes", {})})
         ground_truth = WiderGroundTruth.from_boxes(image_ids, boxes, attributes)
-        if not len(ground_truth.boxes):  # the test set
+        if not len(ground_truth.boxes) or self._missing_are_named:  # the test set has no boxes
             return ground_truth
         _logger.warning(
             f"No official subsets for {self._dataset_name}: easy, medium and hard need "

@@ -1,9 +1,22 @@
 """Pictures of any kind as RGB, for training, evaluation and demo alike; with Pillow and numpy only."""
 
+import errno
 import os
 
 import numpy as np
 from PIL import Image, ImageOps
+
+# What a drive, mostly of a network, answers while it cannot; of a bad file it says something else.
+_TRANSIENT = {
+    getattr(errno, name)
+    for name in "EAGAIN EBUSY ECONNRESET EHOSTDOWN EHOSTUNREACH EIO EMFILE ENETUNREACH ENFILE ENOLINK ENOTCONN "
+    "EREMOTEIO ESTALE ETIMEDOUT".split()
+    if hasattr(errno, name)
+}
+
+
+class TransientReadError(OSError):
+    """The drive did not answer, which says nothing of the file; names the path."""
 
 
 def as_rgb(image) -> Image.Image:
@@ -17,6 +30,7 @@ def as_rgb(image) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
+        TransientReadError: the drive, say of a network, did not answer.
         ValueError: the file is no image, damaged, PostScript (a program, which Pillow would run), or has more pixels
             than Pillow's limit against decompression bombs (2 * PIL.Image.MAX_IMAGE_PIXELS, by default 178,956,970);
             names the path. Or an array of another type or shape, an image without pixels, or one whose pixels are
@@ -32,8 +46,11 @@ def as_rgb(image) -> Image.Image:
     if not isinstance(image, (str, os.PathLike)):
         raise ValueError(f"image must be a path, a PIL image or a numpy array, got {type(image).__name__}")
     path = os.fspath(image)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such image: {path}")
+    try:
+        os.stat(path)
+    except OSError as error:
+        _raise_if_transient(path, error)
+        raise FileNotFoundError(f"no such image: {path}") from error
     if not os.path.isfile(path):  # a pipe would be waited for
         raise ValueError(f"{path}: cannot be read as an image (it is not a file)")
     if not os.path.getsize(path):
@@ -49,7 +66,13 @@ def as_rgb(image) -> Image.Image:
             f"{path}: cannot be read as an image ({error}) Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except Exception as error:  # of a broken file Pillow's decoders raise nearly anything
+        _raise_if_transient(path, error)
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _raise_if_transient(path: str, error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in _TRANSIENT:
+        raise TransientReadError(error.errno, f"{path}: cannot be read at the moment ({error.strerror})") from error
 
 
 def _refuse_programs(image: Image.Image) -> None:

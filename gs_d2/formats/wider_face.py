@@ -16,6 +16,7 @@ from gs_d2.formats.files import FileTree, is_inside, numbers_of
 from gs_d2.formats.mat import load_mat
 
 OFFICIAL_SUBSETS = ("easy", "medium", "hard")
+GROUND_TRUTH_FILES = ("wider_face_val.mat", *(f"wider_{name}_val.mat" for name in OFFICIAL_SUBSETS))
 
 # Names of the label values, from the readme of the annotations.
 ATTRIBUTES = {

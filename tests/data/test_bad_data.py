@@ -16,7 +16,7 @@ CONFIG = "configs/quick/demo.yaml"
 OVERRIDES = """
     SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 24 SOLVER.STEPS (23,) SOLVER.CHECKPOINT_PERIOD 100 TEST.EVAL_PERIOD 0
     INPUT.GS.SCALES [1.0,0.5] INPUT.GS.MAX_CROP_SIZE 64 DATALOADER.NUM_WORKERS 2
-    MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 TEST.GS.SCORE_THRESH 0.3
+    MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 TEST.GS.SCORE_THRESH 0.3 DATASETS.GS.MAX_MISSING 0.2
 """.split()
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # the orientation
@@ -111,9 +111,14 @@ def test_training_ends_and_has_named_each_bad_image_once(trained):
     assert (trained / "model_final.pth").is_file()
     log = (trained / "log.txt").read_text()
     reports = [line for line in log.splitlines() if "Left out of training" in line]
-    for name in (*BAD_IMAGES, *REPORTED_BOXES):
+    missing = {"folder", "missing"}  # said in one line, with the first
+    for name in (*(BAD_IMAGES.keys() - missing), *REPORTED_BOXES):
         assert sum(f"/e/{name}.jpg" in line for line in reports) == 1, name
-    assert len(reports) == len(BAD_IMAGES) + len(REPORTED_BOXES)
+    assert len(reports) == len(BAD_IMAGES) - len(missing) + len(REPORTED_BOXES) + 1
+    total = 6 + len(BAD_IMAGES) + len(ODD_IMAGES) + len(ODD_BOXES)
+    (line,) = (line for line in reports if "images are missing" in line)
+    assert f"2 of {total} images are missing, first " in line and "/e/folder.jpg" in line
+    assert f"So far {len(BAD_IMAGES)} of {total} images cannot be trained on" in log
     losses = [json.loads(line).get("total_loss") for line in (trained / "metrics.json").read_text().splitlines()]
     assert losses and all(np.isfinite(loss) for loss in losses if loss is not None)
 

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from gs_d2.data import check_data_sets, register_face_eval, register_fddb, register_wider_face
+from gs_d2.data.missing_files import say_missing
 
 NAMES = ("checked_train", "checked_val", "checked_test", "checked_coco", "checked_fddb", "checked_afw")
 
@@ -54,7 +55,26 @@ def test_what_is_there_passes(base):
     check_data_sets(None, (val,))
     check_data_sets((coco,), (coco,))
     next((base / "WIDER_train/images").rglob("*.jpg")).unlink()
-    check_data_sets((train,), (val,))  # training goes on without a bad image
+    check_data_sets((train,), (val,), max_missing=0.5)  # training goes on without a few images
+
+
+def test_too_many_missing_images(base):
+    images = sorted((base / "WIDER_train/images").rglob("*.jpg"))
+    images[0].unlink()
+    said = refusal(["checked_train"], ())
+    assert f"DATASETS.TRAIN checked_train: 1 of 6 images are missing, first {images[0]}. WIDER FACE" in said
+    assert said.endswith("DATASETS.GS.MAX_MISSING 0.17 trains without them")
+    check_data_sets(["checked_train"], (), 0.17)
+    for path in images[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="6 of 6 images are missing") as error:
+        check_data_sets(["checked_train"], (), 1.0)
+    assert "MAX_MISSING" not in str(error.value)
+
+
+def test_numbers_are_easy_to_read():
+    records = [{"file_name": f"nowhere/{i}.jpg"} for i in range(12_880)]
+    assert say_missing(records, range(8598)) == "8,598 of 12,880 images are missing, first nowhere/0.jpg"
 
 
 @pytest.mark.parametrize(("position", "others"), [(0, ()), (1, ("checked_val",)), (2, ("checked_val", "checked_test"))])

@@ -1,5 +1,6 @@
 """The loaders: bad images are reported once for all workers and replaced, and no test image is ever dropped."""
 
+import errno
 import logging
 import re
 
@@ -12,8 +13,9 @@ from PIL import Image
 from gs_d2.config import add_gs_config
 from gs_d2.data import build_test_loader, register_wider_face
 from gs_d2.data.dataset_mapper import FaceDatasetMapper, off_the_image
-from gs_d2.data.loaders import TrainingViews
+from gs_d2.data.loaders import TrainingViews, build_training_views
 from gs_d2.engine import Trainer
+from gs_d2.formats.images import TransientReadError, as_rgb
 
 NAME = "test_loaders"
 LOGGER = "gs_d2.data.loaders"
@@ -90,6 +92,70 @@ def test_what_replaces_does_not_depend_on_what_is_known(data_set):
         first = [TrainingViews(records, mapper)[i]["image_id"] for i in (0, 5, 1, 2)]
         np.random.seed(seed)
         assert [knows[i]["image_id"] for i in (0, 5, 1, 2)] == first
+
+
+def test_missing_images_are_counted_once_and_never_asked_for(data_set, caplog):
+    root = data_set(10)
+    (root / "e/3.png").unlink()
+    with caplog.at_level(logging.WARNING):
+        views = build_training_views(config("DATASETS.GS.MAX_MISSING", 0.1))
+        assert {views[3]["image_id"] for _ in range(120)} == {f"e/{i}" for i in range(10) if i != 3}
+    assert views.left_out == [3] and views.num_read_errors == 0
+    (line,) = reports(caplog.text)
+    assert f"Left out of training: 1 of 10 images are missing, first {root}/e/3.png" in line
+
+
+def test_too_many_missing_images_are_refused(data_set):
+    root = data_set(10)
+    (root / "e/3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 10 images are missing.* DATASETS\.GS\.MAX_MISSING 0\.1 trains"):
+        build_training_views(config())
+
+
+def unanswered(times):
+    """as_rgb of a drive that so often does not answer."""
+    left = [times]
+
+    def read(path):
+        if left[0] > 0:
+            left[0] -= 1
+            raise TransientReadError(errno.EIO, f"{path}: cannot be read at the moment (Input/output error)")
+        return as_rgb(path)
+
+    return read
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    seconds = []
+    monkeypatch.setattr("gs_d2.data.dataset_mapper.time.sleep", seconds.append)
+    return seconds
+
+
+def test_a_drive_that_does_not_answer_is_asked_again(data_set, monkeypatch, waits):
+    data_set(3)
+    monkeypatch.setattr("gs_d2.data.dataset_mapper.as_rgb", unanswered(2))
+    views = TrainingViews(DatasetCatalog.get(NAME), FaceDatasetMapper(config(), is_train=True))
+    assert views[1]["image_id"] == "e/1" and waits == [0.2, 1.0]
+    assert views.left_out == [] and views.num_read_errors == 0
+
+
+def test_an_image_that_the_drive_does_not_give_is_asked_for_again_later(data_set, monkeypatch, waits, caplog):
+    data_set(3)
+    views = TrainingViews(DatasetCatalog.get(NAME), FaceDatasetMapper(config(), is_train=True))
+    monkeypatch.setattr("gs_d2.data.dataset_mapper.as_rgb", unanswered(4))
+    views[1]
+    assert len(waits) == 3 and views.num_read_errors == 1 and views.left_out == []
+    assert "Another image in its place, this time:" in caplog.text and "e/1.png: cannot be read at" in caplog.text
+    assert views[1]["image_id"] == "e/1"
+
+
+def test_a_test_image_that_the_drive_does_not_give_stops(data_set, monkeypatch, waits):
+    data_set(3)
+    mapper = FaceDatasetMapper(config(), is_train=False)
+    monkeypatch.setattr("gs_d2.data.dataset_mapper.as_rgb", unanswered(9))
+    with pytest.raises(TransientReadError, match=r"e/0\.png: cannot be read at the moment"):
+        mapper(DatasetCatalog.get(NAME)[0])
 
 
 def test_replacements_are_spread(data_set):

@@ -81,6 +81,13 @@ def dataset(tmp_path):
     MetadataCatalog.remove(NAME)
 
 
+def test_official_files_that_are_missing_are_named_before_anything_is_evaluated(dataset, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        WiderFaceEvaluator(NAME, None)
+    names = "wider_face_val.mat, wider_easy_val.mat, wider_medium_val.mat, wider_hard_val.mat"
+    assert f"{NAME}: {tmp_path}/ground_truth has no {names}, of" in caplog.text
+
+
 def test_metrics_files_and_table(dataset, tmp_path, caplog):
     evaluator = WiderFaceEvaluator(NAME, str(tmp_path / "out"), setting={"test sizes": "640", "NMS": 0.5})
     with caplog.at_level(logging.INFO):

@@ -1,6 +1,7 @@
 """Pictures of any kind become RGB, or are refused with their name."""
 
 import contextlib
+import errno
 import os
 import struct
 import zlib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gs_d2.formats.images import as_rgb
+from gs_d2.formats.images import TransientReadError, as_rgb
 
 EXIF_ORIENTATION = 0x0112
 DAMAGED_EXIF = b"Exif\0\0II*\0\x08\0\0"
@@ -152,3 +153,24 @@ def test_the_limit_is_pillows(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"9000 pixels.*exceeds limit of 8000.* raise PIL\.Image\.MAX_IMAGE_PIXELS"):
         as_rgb(tmp_path / "a.png")
     assert Image.MAX_IMAGE_PIXELS == 4000
+
+
+@pytest.mark.parametrize("where", ["PIL.Image.open", "os.stat"])
+def test_a_drive_that_does_not_answer_is_no_bad_picture(tmp_path, monkeypatch, where):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def fail(code):
+        def no_answer(*_, **__):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(where, no_answer)
+
+    for code in (errno.EIO, errno.ESTALE):
+        fail(code)
+        with pytest.raises(TransientReadError, match=r"x\.png: cannot be read at the moment") as error:
+            as_rgb(path)
+        assert error.value.errno == code
+    fail(errno.ENOENT)
+    with pytest.raises(FileNotFoundError if where == "os.stat" else ValueError, match=r"x\.png"):
+        as_rgb(path)
