@@ -12,8 +12,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.built ## draw a small data set, train on the CPU, evaluate, and write pictures to output/demo (about 10 minutes)
-	$(PY) tools/demo.py
+demo: $(VENV)/.built ## generate a small data set, train on the CPU, evaluate, and write pictures to output/demo (about 10 minutes)
+	$(PY) tools/quickstart.py
 
 test: $(VENV)/.built ## the test suite (a few minutes on two cores)
 	$(PY) -m pytest -q -m "not slow"
@@ -22,11 +22,11 @@ test-slow: $(VENV)/.built ## the tests that take longer
 	$(PY) -m pytest -q -m slow
 
 bench: $(VENV)/.built ## the ops and the detector against Detectron2, torchvision and torch.compile, into output/bench (minutes)
-	$(PY) tools/benchmark_ops.py
-	$(PY) tools/benchmark_detector.py
+	$(PY) benchmarks/ops.py
+	$(PY) benchmarks/detector.py
 
 cuda-check: $(VENV)/.installed ## compile the CUDA kernels for every architecture, with or without a GPU or a CUDA toolkit
-	$(PY) tools/cuda_check.py
+	$(PY) dev/cuda_check.py
 
 docs: $(VENV)/.docs ## the documentation as HTML, into output/docs; a warning is an error
 	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html docs output/docs
@@ -42,8 +42,8 @@ clean: ## remove what was built, .venv included
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up, in three steps that are redone only when what they depend on changes.
-$(VENV)/.created: tools/preflight.py
-	@$(PYTHON) tools/preflight.py
+$(VENV)/.created: dev/preflight.py
+	@$(PYTHON) dev/preflight.py
 	@echo "Setting up $(VENV): torch and the rest take 5 GB and some minutes, once"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@

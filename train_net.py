@@ -7,8 +7,6 @@ python train_net.py --config-file ... --resume
 python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
 """
 
-import sys
-
 import torch
 
 from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
@@ -18,33 +16,29 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from gs_d2.command_line import bad_input_ends
 from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
 from gs_d2.engine.checks import check_config, check_training
 
 
+@bad_input_ends(one_line=False)
 def checked_config(args):
     """The config of a command line."""
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        check_config(cfg, training=not args.eval_only)
-        if not args.eval_only:
-            check_training(cfg)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    cfg = load_config(args.config_file, args.opts)
+    check_config(cfg, training=not args.eval_only)
+    if not args.eval_only:
+        check_training(cfg)
     cfg.freeze()
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit(
+        raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE} and torch sees no GPU. "
             "Add MODEL.DEVICE cpu to the command, or use a config of configs/quick."
         )
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
-        sys.exit("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
-    try:
-        check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    except ValueError as error:
-        sys.exit(str(error))
+        raise ValueError("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
+    check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     return cfg
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Finds faces in pictures, a video or a webcam's images, and draws them.
+"""Finds faces in pictures, a video or a webcam's images, and marks them.
 
 python demo/demo.py --input picture.jpg --output faces.jpg
 python demo/demo.py --input holidays/ 'more/*.jpg' --output pictures/
@@ -23,6 +23,7 @@ from PIL import Image, ImageShow
 from tqdm import tqdm
 
 from gs_d2 import model_zoo
+from gs_d2.command_line import bad_input_ends, parser_of
 from gs_d2.config import load_config
 from gs_d2.formats.images import as_rgb
 from gs_d2.inference import FaceDetector
@@ -34,7 +35,7 @@ WRITTEN_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # others are writ
 
 def main(argv=None) -> int:
     args = parse(argv)
-    try:
+    with bad_input_ends():
         if not args.config_file:
             args.config_file = model_zoo.get_config(model_zoo.DEFAULT, trained="MODEL.WEIGHTS" not in args.opts)
             args.opts = ["TEST.GS.PYRAMID", False, *args.opts]
@@ -49,13 +50,11 @@ def main(argv=None) -> int:
         detector = FaceDetector(config, confidence_threshold=args.confidence_threshold)
         if jobs is None:
             return run_video(cv2, detector, 0 if args.webcam else args.video_input, args.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f"demo: {error}")
     return run_pictures(detector, jobs)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--config-file", help="the config that weights of your own were trained with")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="pictures, folders of pictures, or 'glob' patterns")

@@ -1,10 +1,5 @@
 """Sphinx: `make docs` builds these pages into output/docs."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # autodoc reads this checkout
-
 from gs_d2 import __version__
 
 project = "gs_d2"
@@ -23,3 +18,12 @@ autodoc_typehints = "none"  # the docstrings say more: shapes and units
 autodoc_inherit_docstrings = False  # nn.Module's own documentation is torch's
 default_role = "literal"  # `name` in a docstring is code
 napoleon_use_ivar = True
+
+
+def setup(app):
+    """Notes of measurements are outside of this folder: pages link to them, here as files to download."""
+    app.connect("source-read", link_notes_as_files)
+
+
+def link_notes_as_files(app, page, source):
+    source[0] = source[0].replace("](../benchmarks/results/", "](path:../benchmarks/results/")

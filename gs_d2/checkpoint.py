@@ -1,11 +1,8 @@
-"""Weights and checkpoints: read without running what is in them, and written whole or not at all."""
+"""Checkpoints: read without running what is in them, written whole, and resumed from the last that is."""
 
-import contextlib
 import logging
 import os
-import pickle
 import re
-import shutil
 import zipfile
 
 import numpy as np
@@ -16,6 +13,9 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
+from gs_d2.formats.whole_file import write_whole
+from gs_d2.weights import read_weights
+
 _logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 5  # keys of a list that a message spells out
@@ -25,8 +25,6 @@ _REBUILT_PART = "anchor_generator.cell_anchors"
 _CATALOG = re.compile(r"(detectron2|catalog)://[\w./-]+")
 _HEURISTICS = "?matching_heuristics=True"  # of Detectron2: match the names of the weights by their ends
 _PICKLES = (".pkl", ".pyth")
-_PARTIAL = ".part"  # ends the name of a file that is being written
-_MAX_UNPACKED = 4  # times its size that a .pth may hold; torch's own are not compressed
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -227,85 +225,12 @@ class Checkpointer(DetectionCheckpointer):
             raise ValueError(f"the name of a checkpoint must not have folders, got {name!r}")
         path = os.path.join(self.save_dir, file_name)
         _logger.info(f"Saving checkpoint to {path}")
-        _write_whole(path, lambda file: torch.save(data, file))
+        write_whole(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(file_name)
 
     def tag_last_checkpoint(self, last_filename_basename):
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _write_whole(path, lambda file: file.write(last_filename_basename.encode()))
-
-
-def read_weights(path: str, *, allow_pickle: bool = False, mmap: bool = False) -> dict:
-    """Reads a `.pth` or `.safetensors` file.
-
-    Args:
-        allow_pickle: a `.pth` may hold any object, which can run code.
-        mmap: leave the tensors of a `.pth` on disk until they are used.
-
-    Returns:
-        dict: with the state dict (name -> tensor, or array) as "model", and what else the file holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds objects though not `allow_pickle`, or no model; or it is a `.safetensors` file
-            and that package is missing.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such weights: {path}")
-    if path.endswith(".safetensors"):
-        return {"model": _read_safetensors(path)}
-    if zipfile.is_zipfile(path):
-        _check_zip(path)
-    else:
-        mmap = False  # torch's old format
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} cannot be read as weights ({_first_line(error)}): it is damaged, or holds more than tensors and "
-            "plain values; that can run any code: pass allow_pickle=True (train_net.py: --allow-pickle) if you trust it"
-        ) from error
-    except Exception as error:  # torch raises nearly anything for a damaged file
-        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)})") from error
-    if isinstance(loaded, dict) and "model" not in loaded:
-        loaded = {"model": loaded}
-    state = loaded["model"] if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_dense(v) for k, v in state.items()):
-        raise ValueError(f"{path} holds no model: it must be a state dict, or a dict with one as 'model'")
-    return loaded
-
-
-def _read_safetensors(path):
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ValueError(f"{path}: reading it needs a package ({error}): pip install safetensors") from error
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)})") from error
-
-
-def _check_zip(path):
-    """Refuses a .pth that would unpack to far more than it is, or that is cut short."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} cannot be read as weights ({_first_line(error)})") from error
-    if unpacked > _MAX_UNPACKED * os.path.getsize(path):
-        raise ValueError(f"{path} cannot be read as weights: it unpacks to {unpacked / 1e9:.1f} GB, far above its size")
-
-
-def _is_dense(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    return isinstance(value, np.ndarray) and value.dtype != object
-
-
-def _first_line(error) -> str:
-    return (str(error).splitlines() or [repr(error)])[0] or repr(error)
+        write_whole(path, lambda file: file.write(last_filename_basename.encode()))
 
 
 def _iteration(path, allow_pickle) -> int:
@@ -330,60 +255,3 @@ def _plain(value, where):
         f"{where} is a {type(value).__name__}, which a checkpoint cannot hold: its state_dict() must be of tensors, "
         "numbers, text and lists and dicts of them"
     )
-
-
-class _Sink:
-    """A file for torch.save, which takes errors of writing badly: keeps the first, and then only counts bytes."""
-
-    def __init__(self, file):
-        self._file, self.size, self.error = file, 0, None
-
-    def write(self, data):
-        size = memoryview(data).nbytes
-        self.size += size
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return size
-
-    def flush(self):
-        pass
-
-
-def _write_whole(path, write):
-    """Calls `write` with a file beside `path`, which then takes its place at once; OSError names path and space."""
-    partial, folder, sink = path + _PARTIAL, os.path.dirname(path) or ".", None
-    try:
-        with open(partial, "wb") as file:
-            sink = _Sink(file)
-            write(sink)
-            if sink.error is not None:
-                raise sink.error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        if not isinstance(error, OSError):
-            raise
-        needed = f"it needs {sink.size / 1e6:.1f} MB, and " if sink is not None else ""
-        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free" if os.path.isdir(folder) else "there is none"
-        raise OSError(
-            error.errno,
-            f"cannot write {path} ({error.strerror or error}): {needed}{free} in its folder; "
-            "earlier checkpoints are as they were, and --resume goes on from the last",
-        ) from error
-    _sync_folder(folder)
-
-
-def _sync_folder(folder):
-    """So that the new name outlives a power cut, where the system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

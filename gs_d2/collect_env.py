@@ -151,10 +151,14 @@ def _detectron2_report() -> str:
         return f"\nDetectron2's own report fails: {error!r}\n"
 
 
-def _processor() -> list[tuple[str, str]]:
+def cpu_name() -> str:
     model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def _processor() -> list[tuple[str, str]]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = [("CPU", model[1] if model else platform.processor() or platform.machine())]
+    rows = [("CPU", cpu_name())]
     rows += [("CPU cores", f"{os.cpu_count()}, of which this process may use {usable}")]
     if "torch" in sys.modules:
         rows += [("torch threads", str(sys.modules["torch"].get_num_threads()))]

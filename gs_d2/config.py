@@ -66,7 +66,7 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.CHANNELS_LAST = False
     # "bfloat16" or "float16": convolutions run in it (torch.autocast), in training and at test; losses, decoding and
     # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss. What
-    # either of the two brings on a CPU: docs/benchmarks/2026-11-24-cpu-detector.md.
+    # either of the two brings on a CPU: docs/measurements.md.
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
     # Keys whose Detectron2 default is kept on purpose, though it breaks the method for faces: check_config then allows
     # it. For N = 256 this is ["MODEL.RPN.BATCH_SIZE_PER_IMAGE"].
@@ -87,6 +87,17 @@ def add_gs_config(cfg):
     # BatchNorm: "folded" (of fixed statistics, as part of the convolutions), "frozen" (the same, but layers of their
     # own) or "trained".
     cfg.MODEL.GS.TIMM.BN = "folded"
+
+    # CenterNet (docs/pipelines.md), on the one map that MODEL.RPN.IN_FEATURES names. MODEL.RPN.PRE_NMS_TOPK_TEST,
+    # POST_NMS_TOPK_TEST and NMS_THRESH keep their meaning; what else is of anchors and samples does nothing.
+    cfg.MODEL.GS.CENTERNET = CN()
+    # Channels of the 3x3 convolution of each of the three heads.
+    cfg.MODEL.GS.CENTERNET.CONV_DIM = 64
+    # In (0, 1]. The heat of a face reaches as far from its centre as moving each side of its box so far leaves this
+    # IoU with it: 0.3 of a square face 0.23 of its side.
+    cfg.MODEL.GS.CENTERNET.MIN_OVERLAP = 0.3
+    # Factors of the losses of heat map, size (in cells of the map) and offset.
+    cfg.MODEL.GS.CENTERNET.LOSS_WEIGHTS = [1.0, 0.1, 1.0]
 
     # The second stage, GroupedROIHeads. MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE is its N; POSITIVE_FRACTION,
     # IOU_THRESHOLDS [low, high], PROPOSAL_APPEND_GT, IN_FEATURES, NMS_THRESH_TEST and MODEL.ROI_BOX_HEAD.* keep their

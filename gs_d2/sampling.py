@@ -1,5 +1,7 @@
 """Group sampling: chooses the labelled anchors that take part in the loss (paper, section 4.2). Needs torch only."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ def group_by_scale(scales: Tensor, group_scales) -> Tensor:
         >>> group_by_scale(torch.tensor([5.0, 20.0, 30.0, 500.0]), [16, 32, 64])
         tensor([0, 0, 1, 2])
     """
-    group_scales = torch.as_tensor(group_scales, dtype=torch.float32, device=scales.device)
-    return (scales.float()[..., None].log2() - group_scales.log2()).abs().argmin(dim=-1)
+    # As numbers: a tensor would be copied to the device, which waits for that.
+    logarithms = scales.float().log2()
+    return torch.stack([(logarithms - math.log2(scale)).abs() for scale in group_scales], dim=-1).argmin(dim=-1)
 
 
 def first_of_each_group(group_idxs: Tensor, num_groups: int, count: int) -> Tensor:

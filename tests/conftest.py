@@ -1,8 +1,9 @@
 """What tests of several folders share."""
 
-import importlib.util
+import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+
+from gs_d2.data.generated_faces import synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
 _SHARED_DATA = Path(os.environ.get("GS_D2_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -31,25 +34,68 @@ def shared_data() -> Path:
     return _SHARED_DATA
 
 
-def load_script(path: str):
-    """A script of the project as a module, by its path from the project's root; each call loads it anew."""
-    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def refused(capsys):
+    """A context in which a script ends as on bad input: exit code 2, and a message (regular expression) on stderr."""
+
+    @contextlib.contextmanager
+    def refused(message: str):
+        with pytest.raises(SystemExit) as end:
+            yield
+        assert end.value.code == 2
+        assert re.search(f"error: .*{message}", capsys.readouterr().err, re.DOTALL)
+
+    return refused
 
 
-@pytest.fixture(scope="session", name="load_script")
-def load_script_fixture():
-    return load_script
+@pytest.fixture
+def run_command(capsys):
+    """Calls a script's `main` with arguments, as a shell would: returns the exit code, stdout and stderr."""
+
+    def run_command(main, *arguments) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments]) or 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run_command
 
 
 @pytest.fixture(scope="session")
 def drawn_datasets(tmp_path_factory) -> Path:
-    """A DETECTRON2_DATASETS folder with six training and four validation images of 128 x 96 drawn faces."""
+    """A DETECTRON2_DATASETS folder with six training and four validation images of 128 x 96 generated faces."""
     root = tmp_path_factory.mktemp("datasets")
-    load_script("tools/synthesize_faces.py").synthesize(root, {"train": 6, "val": 4}, (128, 96), seed=0)
+    synthesize(root, {"train": 6, "val": 4}, (128, 96), seed=0)
     return root
+
+
+@pytest.fixture(scope="module")
+def register():
+    """Registers a data set in WIDER FACE's layout for as long as a module's tests run."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from gs_d2.data import register_wider_face
+
+    names = []
+
+    def register(name, list_file, image_root) -> str:
+        register_wider_face(name, list_file, image_root)
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+
+
+@pytest.fixture(scope="module")
+def generated_train(register, drawn_datasets) -> str:
+    """Name of the training set of `drawn_datasets`."""
+    base = drawn_datasets / "widerface"
+    lists = base / "wider_face_split"
+    return register("generated_train", lists / "wider_face_train_bbx_gt.txt", base / "WIDER_train" / "images")
 
 
 def write_face_eval_annotations(path, objects_of):

@@ -527,6 +527,12 @@ def test_trains_and_detects(name):
         torch.set_num_threads(num_threads)
 
 
+LOSSES = {
+    "RPNDetector": {"loss_rpn_cls", "loss_rpn_loc"},
+    "GroupedFastRCNN": {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"},
+    "GroupSamplingRetinaNet": {"loss_cls", "loss_box_reg"},
+    "CenterNet": {"loss_heatmap", "loss_size", "loss_offset"},
+}
 # Heads with layers for each scale or map, which learn from faces of that scale.
 HEADS_WITH_LAYERS_OF_SCALES = ("DilatedRPNHead", "PerMapRPNHead", "RetinaFaceHead")
 
@@ -558,9 +564,7 @@ def train_and_detect(settings: str):
     with EventStorage():
         for _ in range(2):
             losses = model(batch(2, scales))
-            of_rpn = set() if retinanet else {"loss_rpn_cls", "loss_rpn_loc"}
-            of_classes = {"loss_cls", "loss_box_reg"} if cfg.MODEL.META_ARCHITECTURE != "RPNDetector" else set()
-            assert set(losses) == of_rpn | of_classes
+            assert set(losses) == LOSSES[cfg.MODEL.META_ARCHITECTURE]
             assert all(math.isfinite(loss.item()) and loss > 0 for loss in losses.values()), losses
             optimizer.zero_grad()
             sum(losses.values()).backward()
@@ -582,7 +586,7 @@ def train_and_detect(settings: str):
     assert (boxes <= torch.tensor([192, 128, 192, 128])).all()
     assert (found.scores >= cfg.TEST.GS.SCORE_THRESH).all() and (found.scores <= 1).all()
     assert (found.scores[1:] <= found.scores[:-1]).all()
-    if not retinanet:
+    if cfg.MODEL.META_ARCHITECTURE in ("RPNDetector", "GroupedFastRCNN"):
         sizes = {round(size, 2) for row in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in row}
         assert {round(scale, 2) for scale in found.group_scales.tolist()} <= sizes
 

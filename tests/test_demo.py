@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from PIL import Image
+from PIL import Image, ImageShow
 
+from demo import main
 from gs_d2.config import load_config
 from gs_d2.inference import FaceDetector
 from gs_d2.visualization import FACE, draw
@@ -22,9 +23,9 @@ SCORES = np.array([0.9, 0.6], np.float32)
 
 
 @pytest.fixture
-def demo(load_script, monkeypatch):
-    """The script; its detector finds two faces in every picture, and notes what it was made with."""
-    script = load_script("demo/demo.py")
+def made(monkeypatch):
+    """The script's detector finds two faces in every picture; this is what its detectors were made with."""
+    made = []
 
     class Detector:
         def __init__(self, cfg, confidence_threshold):
@@ -33,9 +34,8 @@ def demo(load_script, monkeypatch):
         def detect(self, image):
             return BOXES, SCORES
 
-    made = script.made = []
-    monkeypatch.setattr(script, "FaceDetector", Detector)
-    return script
+    monkeypatch.setattr("demo.FaceDetector", Detector)
+    return made
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def pictures(tmp_path):
     return folder
 
 
-def run(demo, *arguments, opts=()):
-    return demo.main(["--config-file", CONFIG, *map(str, arguments), *(["--opts", *opts] if opts else [])])
+def run(*arguments, opts=()):
+    return main(["--config-file", CONFIG, *map(str, arguments), *(["--opts", *opts] if opts else [])])
 
 
 def is_drawn(path):
@@ -63,8 +63,8 @@ def is_drawn(path):
     return green[20:50, 18:23].any(axis=1).all() and green[35:60, 68:73].any(axis=1).all()
 
 
-def test_a_folder(demo, pictures, tmp_path, capsys):
-    assert run(demo, "--input", pictures, "--output", tmp_path / "out") == 0
+def test_a_folder(made, pictures, tmp_path, capsys):
+    assert run("--input", pictures, "--output", tmp_path / "out") == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["a.png", "b.jpg", "c[1].jpg", "d.png"]
     assert all(is_drawn(tmp_path / "out" / name) for name in names)
@@ -76,25 +76,25 @@ def test_a_folder(demo, pictures, tmp_path, capsys):
     assert "4/4" in err  # the progress bar
 
 
-def test_globs_files_and_one_file(demo, pictures, tmp_path):
-    assert run(demo, "--input", pictures / "*.jpg", pictures / "a.png", "--output", tmp_path / "out") == 0
+def test_globs_files_and_one_file(made, pictures, tmp_path):
+    assert run("--input", pictures / "*.jpg", pictures / "a.png", "--output", tmp_path / "out") == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.jpg", "c[1].jpg"]
     # A file whose name looks like a pattern, and one output file in a new folder.
-    assert run(demo, "--input", pictures / "c[1].jpg", "--output", tmp_path / "new" / "one.png") == 0
+    assert run("--input", pictures / "c[1].jpg", "--output", tmp_path / "new" / "one.png") == 0
     assert is_drawn(tmp_path / "new" / "one.png")
 
 
-def test_equal_names_get_files_of_their_own(demo, pictures, tmp_path):
+def test_equal_names_get_files_of_their_own(made, pictures, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (120, 80)).save(other / "b.jpg")
-    assert run(demo, "--input", pictures / "b.jpg", other / "b.jpg", "--output", tmp_path / "out") == 0
+    assert run("--input", pictures / "b.jpg", other / "b.jpg", "--output", tmp_path / "out") == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["b.jpg", "b_2.jpg"]
 
 
-def test_a_bad_picture_is_named_and_skipped(demo, pictures, tmp_path, capsys):
+def test_a_bad_picture_is_named_and_skipped(made, pictures, tmp_path, capsys):
     (pictures / "b.jpg").write_bytes(b"no picture")
-    assert run(demo, "--input", pictures, tmp_path / "none.jpg", "--output", tmp_path / "out") == 1
+    assert run("--input", pictures, tmp_path / "none.jpg", "--output", tmp_path / "out") == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "c[1].jpg", "d.png"]
     err = capsys.readouterr().err
     assert f"demo: {pictures / 'b.jpg'}: cannot be read as an image" in err
@@ -113,23 +113,23 @@ def test_a_bad_picture_is_named_and_skipped(demo, pictures, tmp_path, capsys):
         (["b.jpg"], None, "no screen to show pictures on: add --output"),
     ],
 )
-def test_what_is_refused(demo, pictures, tmp_path, monkeypatch, inputs, output, message):
+def test_what_is_refused(made, pictures, tmp_path, monkeypatch, inputs, output, message, refused):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     before = {path.name: path.read_bytes() for path in pictures.iterdir()}
     outputs = [] if output is None else ["--output", tmp_path / output]
-    with pytest.raises(SystemExit, match=message):
-        run(demo, "--input", *(pictures / name for name in inputs), *outputs)
+    with refused(message):
+        run("--input", *(pictures / name for name in inputs), *outputs)
     assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
-    assert not demo.made, "it is said before the model is built"
+    assert not made, "it is said before the model is built"
 
 
-def test_on_a_screen(demo, pictures, monkeypatch):
+def test_on_a_screen(made, pictures, monkeypatch):
     shown = []
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(demo.ImageShow, "show", lambda image: shown.append(image) or True)
-    assert run(demo, "--input", pictures / "b.jpg") == 0
+    monkeypatch.setattr(ImageShow, "show", lambda image: shown.append(image) or True)
+    assert run("--input", pictures / "b.jpg") == 0
     assert [image.size for image in shown] == [(120, 80)]
 
 
@@ -143,10 +143,10 @@ def test_on_a_screen(demo, pictures, monkeypatch):
         (["INPUT.MIN_SIZE_TEST", "300"], None, None),
     ],
 )
-def test_scales(demo, pictures, tmp_path, opts, pyramid, scales):
+def test_scales(made, pictures, tmp_path, opts, pyramid, scales):
     """Several unless they are chosen; what contradicts them stays as given, for the detector to refuse."""
-    run(demo, "--input", pictures / "b.jpg", "--output", tmp_path, "--confidence-threshold", "0.3", opts=opts)
-    ((cfg, threshold),) = demo.made
+    run("--input", pictures / "b.jpg", "--output", tmp_path, "--confidence-threshold", "0.3", opts=opts)
+    ((cfg, threshold),) = made
     assert threshold == 0.3
     if pyramid is None:
         assert cfg.INPUT.MIN_SIZE_TEST == 300
@@ -155,17 +155,17 @@ def test_scales(demo, pictures, tmp_path, opts, pyramid, scales):
     assert scales is None or cfg.TEST.GS.SCALES == scales
 
 
-def test_a_config_with_a_pyramid_keeps_it(demo, pictures, tmp_path):
+def test_a_config_with_a_pyramid_keeps_it(made, pictures, tmp_path):
     arguments = ["--config-file", "configs/wider_gs.yaml", "--input", pictures / "b.jpg", "--output", tmp_path]
-    assert demo.main([str(argument) for argument in arguments]) == 0
-    assert len(demo.made[0][0].TEST.GS.SCALES) == 8
+    assert main([str(argument) for argument in arguments]) == 0
+    assert len(made[0][0].TEST.GS.SCALES) == 8
 
 
-def test_videos_without_opencv(demo, tmp_path, monkeypatch):
+def test_videos_without_opencv(made, tmp_path, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "cv2", None)
     for source in (["--webcam"], ["--video-input", "x.mp4"]):
-        with pytest.raises(SystemExit, match=r"need OpenCV .*pip install opencv-python"):
-            run(demo, *source, "--output", tmp_path)
+        with refused(r"need OpenCV .*pip install opencv-python"):
+            run(*source, "--output", tmp_path)
 
 
 def made_up_cv2(frames, written):
@@ -201,21 +201,21 @@ def made_up_cv2(frames, written):
     )
 
 
-def test_a_video(demo, tmp_path, monkeypatch, capsys):
+def test_a_video(made, tmp_path, monkeypatch, capsys, refused):
     blue = np.zeros((80, 120, 3), np.uint8)
     blue[:, :, 0] = 200  # BGR
     written = []
     monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([blue, blue, blue], written))
     (tmp_path / "x.avi").touch()
-    assert run(demo, "--video-input", tmp_path / "x.avi", "--output", tmp_path / "out") == 0
+    assert run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "out") == 0
     (path, rate, size), *frames, end = written
     assert (path, rate, size, end) == (str(tmp_path / "out" / "x.mp4"), 24.0, (120, 80), "released")
     expected = np.asarray(draw(Image.new("RGB", (120, 80), (0, 0, 200)), BOXES, [FACE] * 2, SCORES))[:, :, ::-1]
     assert len(frames) == 3 and all(np.array_equal(frame, expected) for frame in frames)
     assert "6 faces in 3 frames" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([], written))
-    with pytest.raises(SystemExit, match="has no frame that can be read"):
-        run(demo, "--video-input", tmp_path / "x.avi", "--output", tmp_path / "out")
+    with refused("has no frame that can be read"):
+        run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "out")
 
 
 def test_the_command_with_a_model(pictures, tmp_path):
@@ -240,7 +240,8 @@ def test_the_command_with_a_model(pictures, tmp_path):
     assert sorted(os.listdir(out)) == ["a.png", "b.jpg", "c[1].jpg", "d.png"]
     assert f"{pictures / 'b.jpg'}: {len(boxes)} faces in " in result.stdout and len(boxes) > 1
     result = command("MODEL.WEIGHTS", tmp_path / "none.pth")
-    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("demo: no such weights: ")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("demo.py: error: no such weights: ")
     assert "Traceback" not in result.stderr
 
 

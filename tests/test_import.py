@@ -143,6 +143,17 @@ def test_what_is_imported_first_does_not_matter():
     assert len(printed) == 8
 
 
+def test_weights_need_no_detectron2_and_scripts_share_no_torch():
+    (loaded,) = run("""
+        import gs_d2.command_line, gs_d2.formats.whole_file
+        loaded = [name for name in ("numpy", "torch", "detectron2") if name in sys.modules]
+        Hide.names = ("detectron2", "fvcore")
+        import gs_d2.weights, gs_d2.conversion.timm, gs_d2.conversion.torchvision
+        print(loaded)
+    """)
+    assert loaded == "[]"
+
+
 def test_without_detectron2_there_is_one_message():
     *messages, evaluator, script, ops = run("""
         Hide.names = ("detectron2",)

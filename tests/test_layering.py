@@ -69,15 +69,22 @@ RULES = {
         cfg="anywhere",
     ),
     "unread keys": Rule(files=("gs_d2/unread_keys.py",), may=()),
+    "command line": Rule(files=("gs_d2/command_line.py",), may=()),
+    "weights": Rule(  # without Detectron2
+        files=("gs_d2/weights.py",),
+        may=("numpy", "torch", "safetensors", "gs_d2.formats.whole_file"),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
     "checkpoint": Rule(
         files=("gs_d2/checkpoint.py",),
         may=(
             "numpy",
             "torch",
-            "safetensors",
             "detectron2.checkpoint.DetectionCheckpointer",
             "detectron2.utils.comm",
             "gs_d2.compat",
+            "gs_d2.formats.whole_file",
+            "gs_d2.weights",
         ),
         never=(TORCH_OPS_DIRECTLY,),
     ),
@@ -94,12 +101,26 @@ RULES = {
         never=(r"(?i)sampl|match|group|loss|iou|nms",),
         cfg="builders",
     ),
+    "detector without samples": Rule(
+        files=("gs_d2/modeling/pipelines/centernet.py",),
+        may=(
+            "torch",
+            "fvcore.nn",
+            "gs_d2.modeling.box_detector",
+            "gs_d2.modeling.decoding",
+            "gs_d2.modeling.description",
+            "gs_d2.unread_keys",
+            *DETECTRON2_MODELING,
+        ),
+        never=(TORCH_OPS_DIRECTLY, r"(?i)sampler|match|group|anchor|paired_iou"),
+        cfg="builders",
+    ),
     "timm backbone": Rule(  # reads a file of weights when it is built, before BatchNorm is folded
         files=("gs_d2/modeling/timm_backbone.py",),
         may=(
             "timm",
             "torch",
-            "gs_d2.checkpoint.read_weights",
+            "gs_d2.weights.read_weights",
             "gs_d2.modeling.backbone",
             "gs_d2.modeling.bn_folding",
             *DETECTRON2_MODELING,
@@ -110,6 +131,17 @@ RULES = {
     "description": Rule(  # knows no detector
         files=("gs_d2/modeling/description.py",),
         may=("detectron2.modeling.META_ARCH_REGISTRY",),
+        cfg="builders",
+    ),
+    "box detector": Rule(  # knows no anchors, no samples and no losses
+        files=("gs_d2/modeling/box_detector.py",),
+        may=(
+            "torch",
+            "gs_d2.modeling.description.DetectionSettings",
+            "gs_d2.modeling.nms",
+            *DETECTRON2_MODELING,
+        ),
+        never=(r"(?i)sampl|match|anchor|iou",),
         cfg="builders",
     ),
     "modeling": Rule(
@@ -135,6 +167,7 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
     ),
+    "generated faces": Rule(files=("gs_d2/data/generated_faces.py",), may=("numpy", "scipy.io.savemat", "PIL", "tqdm")),
     "data": Rule(
         files=("gs_d2/data/*.py",),
         may=(
@@ -152,7 +185,7 @@ RULES = {
     ),
     "evaluation arithmetic": Rule(  # what the protocols stand on
         files=("gs_d2/evaluation/precision_recall.py", "gs_d2/evaluation/report.py"),
-        may=("numpy",),
+        may=("numpy", "gs_d2.formats.whole_file"),
     ),
     "curves": Rule(
         files=("gs_d2/evaluation/curves.py",),
@@ -228,6 +261,11 @@ RULES = {
             "gs_d2.inference.pyramid.PyramidDetector",
             "gs_d2.modeling.RPNDetector",
         ),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
+    "exported files": Rule(
+        files=("gs_d2/inference/exported.py",),
+        may=("numpy", "torch", "onnxruntime", "gs_d2.inference.export", "gs_d2.modeling.nms.top_nms"),
         never=(TORCH_OPS_DIRECTLY,),
     ),
     "inference": Rule(
@@ -313,6 +351,41 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
     ),
+    "conversion": Rule(  # of weights; the networks are asked for names and shapes
+        files=("gs_d2/conversion/*.py",),
+        may=(
+            "numpy",
+            "torch",
+            "torchvision.models.resnet",
+            "timm",
+            "onnx",
+            "gs_d2.conversion",
+            "gs_d2.modeling.pipelines",
+            "gs_d2.weights",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+    ),
+    "hits": Rule(files=("gs_d2/analysis/hits.py",), may=("numpy", "torch", "gs_d2.ops")),
+    "analysis": Rule(  # of a config: builds its parts, trains none
+        files=("gs_d2/analysis/*.py",),
+        may=(
+            "fvcore.nn",
+            "numpy",
+            "PIL",
+            "torch",
+            "tqdm",
+            "detectron2.data.DatasetCatalog",
+            "detectron2.layers",
+            "detectron2.modeling",
+            "detectron2.structures",
+            "gs_d2.config",
+            "gs_d2.data",
+            "gs_d2.model_zoo",
+            "gs_d2.modeling",
+        ),
+        never=(TORCH_OPS_DIRECTLY,),
+        cfg="anywhere",
+    ),
     "visualization": Rule(files=("gs_d2/visualization.py",), may=("numpy", "PIL")),
     # C++ and CUDA
     "csrc/math": Rule(
@@ -378,6 +451,8 @@ VIOLATIONS = [
     ("config", "gs_d2/config.py", "from detectron2.modeling import build_model", "detectron2.modeling.build_model"),
     ("config", "gs_d2/config.py", "import gs_d2.engine", "gs_d2.engine"),
     ("unread keys", "gs_d2/unread_keys.py", "from detectron2.config import get_cfg", "detectron2.config.get_cfg"),
+    ("command line", "gs_d2/command_line.py", "import torch", "torch"),
+    ("weights", "gs_d2/weights.py", "from detectron2.checkpoint import DetectionCheckpointer", "detectron2.checkpoint"),
     ("checkpoint", "gs_d2/checkpoint.py", "from gs_d2.config import load_config", "gs_d2.config.load_config"),
     ("checkpoint", "gs_d2/checkpoint.py", "def f(cfg):\n    return cfg.OUTPUT_DIR", "cfg"),
     ("ops", "gs_d2/ops/x.py", "from detectron2.structures import Boxes", "detectron2.structures.Boxes"),
@@ -405,7 +480,16 @@ VIOLATIONS = [
         "from gs_d2.modeling.meta_arch import RPNDetector",
         "gs_d2.modeling.meta_arch.RPNDetector",
     ),
+    ("detector without samples", "gs_d2/modeling/pipelines/centernet.py", "x = self.matcher", "match"),
+    (
+        "detector without samples",
+        "gs_d2/modeling/pipelines/centernet.py",
+        "from gs_d2.modeling.group_loss import GroupLoss",
+        "gs_d2.modeling.group_loss.GroupLoss",
+    ),
     ("description", "gs_d2/modeling/description.py", "def ask(detector, cfg):\n    pass", "cfg"),
+    ("box detector", "gs_d2/modeling/box_detector.py", "from gs_d2.modeling import rpn", "gs_d2.modeling.rpn"),
+    ("box detector", "gs_d2/modeling/box_detector.py", "class A:\n    anchors = None", "anchor"),
     ("modeling", "gs_d2/modeling/anchors.py", "def __init__(self, cfg):\n    self.x = 1", "cfg"),
     ("modeling", "gs_d2/modeling/rpn.py", "class A:\n    def f(self):\n        return self.cfg.MODEL", "cfg"),
     ("modeling", "gs_d2/modeling/backbone.py", "def build_x(cfg):\n    return cfg.MODEL", "cfg"),
@@ -476,6 +560,11 @@ VIOLATIONS = [
         "from gs_d2.modeling.rpn import best_boxes",
         "gs_d2.modeling.rpn.best_boxes",
     ),
+    ("exported files", "gs_d2/inference/exported.py", "import onnx", "onnx"),
+    ("conversion", "gs_d2/conversion/x.py", "from gs_d2.checkpoint import Checkpointer", "gs_d2.checkpoint"),
+    ("hits", "gs_d2/analysis/hits.py", "import gs_d2.evaluation", "gs_d2.evaluation"),
+    ("analysis", "gs_d2/analysis/x.py", "from gs_d2.engine import Trainer", "gs_d2.engine.Trainer"),
+    ("generated faces", "gs_d2/data/generated_faces.py", "from detectron2.data import x", "detectron2.data.x"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),
     ("csrc/math", "csrc/math/x.h", "#include <torch/torch.h>", "<torch/torch.h>"),
     ("csrc/math", "csrc/math/x.h", "#  include <cuda_runtime.h>", "<cuda_runtime.h>"),
@@ -687,12 +776,80 @@ def test_no_file_knows_a_detectors_name(path):
     assert exported or not names & strings_of_code(ast.parse(text_of(path)))
 
 
+SCRIPT_FOLDERS = (".", "benchmarks", "demo", "dev", "examples", "tools")
+# The modules of these folders that are no scripts.
+SHARED_MODULES = {"common", "toy"}
+# Scripts that tests use otherwise than by `main`, and why.
+TESTED_WHOLE = {
+    "install_detectron2": "runs before gs_d2 is installed",
+    "preflight": "runs before anything is installed",
+    "detector": "the networks that it compares",
+    "faster_rcnn": "an example, whose parts are what it shows",
+    "train_net": "its trainer",
+    "setup": "no script of ours",
+}
+
+
+def script_files() -> list[str]:
+    paths = sorted(path for folder in SCRIPT_FOLDERS for path in ROOT.glob(f"{folder}/*.py"))
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def script_names() -> set[str]:
+    return {PurePosixPath(path).stem for path in script_files()} - SHARED_MODULES
+
+
 def test_the_project_does_not_depend_on_its_scripts():
-    """gs_d2 is installed without demo/, examples/, tools/, tests/ and train_net.py."""
-    scripts = {
-        path.stem for folder in (".", "demo", "examples", "tools", "tests") for path in ROOT.glob(f"{folder}/*.py")
-    }
-    scripts = (scripts | {"demo", "examples", "tools", "tests"}) - {"setup"}
+    """gs_d2 is installed without them."""
+    scripts = (script_names() | SHARED_MODULES | {*SCRIPT_FOLDERS, "tests"}) - {"setup"}
     for path in source_files():
         if path.endswith(".py"):
             assert not {name.split(".")[0] for name in imported_names(ast.parse(text_of(path)), path)} & scripts, path
+
+
+@pytest.mark.parametrize("path", script_files())
+def test_a_script_is_thin(path):
+    """It imports no other script, and gs_d2 as it is installed."""
+    tree = ast.parse(text_of(path))
+    assert not {name.split(".")[0] for name in imported_names(tree, path)} & script_names()
+    assert not re.search(r"sys\s*\.\s*path\s*\.\s*(insert|append)", ast.unparse(without_strings(tree)))
+
+
+def names_used_of_scripts(tree, path) -> set[str]:
+    """script.name of all that a file takes from scripts: imported, or as an attribute."""
+    scripts = script_names() - TESTED_WHOLE.keys()
+    used = {name for name in imported_names(tree, path) if "." in name}
+    used |= {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imported = {name.split(".")[0] for name in imported_names(tree, path)} & scripts
+    return {name for name in used if name.split(".")[0] in imported and name.count(".") == 1}
+
+
+TESTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py"))
+
+
+def test_every_file_says_in_its_first_line_what_it_is():
+    paths = [path for path in {*source_files(), *script_files(), *TESTS} if path.endswith(".py")]
+    assert [path for path in sorted(paths) if not ast.get_docstring(ast.parse(text_of(path)))] == []
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_tests_use_of_a_script_its_command_line_alone(path):
+    used = names_used_of_scripts(ast.parse(text_of(path)), path)
+    assert {name for name in used if not name.endswith(".main")} == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "used"),
+    [
+        ("from evaluate import main", "evaluate.main"),
+        ("from evaluate import run_fddb", "evaluate.run_fddb"),
+        ("import evaluate\nevaluate.run_fddb(1)", "evaluate.run_fddb"),
+    ],
+)
+def test_what_a_test_uses_of_a_script_is_found(source, used):
+    assert names_used_of_scripts(ast.parse(source), "tests/test_x.py") == {used}
+
+
+def test_the_scripts_stay_small():
+    lines = {path: text_of(path).count("\n") for path in script_files()}
+    assert sum(lines[path] for path in lines if path.startswith(("benchmarks/", "dev/", "tools/"))) <= 2600

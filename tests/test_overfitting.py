@@ -8,7 +8,7 @@ from detectron2.utils.env import seed_all_rng
 from small_pipelines import PIPELINES
 
 from gs_d2.config import add_gs_config, check_config
-from gs_d2.data import register_wider_face
+from gs_d2.data import generated_faces, register_wider_face
 from gs_d2.engine import Trainer
 
 SOLVER = """
@@ -19,12 +19,13 @@ SOLVER = """
 
 
 @pytest.fixture(scope="module")
-def four_images(load_script, tmp_path_factory):
+def four_images(tmp_path_factory):
     """Name of a data set of four generated images, with faces of 16 px and more."""
     root, name = tmp_path_factory.mktemp("four_images"), "four_images"
-    faces = load_script("tools/synthesize_faces.py")
-    faces.MIN_SCALE, faces.MAX_SCALE = 16, 96
-    faces.synthesize(root, {"val": 4}, (160, 128), seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generated_faces, "MIN_SCALE", 16)
+        patch.setattr(generated_faces, "MAX_SCALE", 96)
+        generated_faces.synthesize(root, {"val": 4}, (160, 128), seed=0)
     base = root / "widerface"
     register_wider_face(
         name,
@@ -87,6 +88,24 @@ def test_every_pipeline_finds_the_faces_it_was_trained_on(pipeline, sampling, tr
     print(pipeline.name, "with groups" if sampling else "without groups", found)
     # Not asked of R-FCN's second stage alone: its votes learn more slowly than 200 steps from random weights.
     assert found["as configured"] >= 80, found
+
+
+CENTERNET = """
+    MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.GS.CHANNELS_LAST False MODEL.RESNETS.NORM GN
+    MODEL.FPN.NORM GN MODEL.FPN.OUT_CHANNELS 64 MODEL.RPN.PRE_NMS_TOPK_TEST 5000 SOLVER.BASE_LR 0.001
+    SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm
+    SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 TEST.GS.PYRAMID False
+""".split()
+
+
+@pytest.mark.slow
+def test_centernet_finds_the_faces_it_was_trained_on(trained):
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_file("configs/pipelines/centernet.yaml")
+    found = trained(cfg, opts=CENTERNET)
+    print(found)
+    assert found["as configured"] >= 90, found
 
 
 RETINANET = """

@@ -9,11 +9,13 @@ from detectron2.structures import Boxes, Instances
 from runs import small_config
 from torch import nn
 
+from demo import main
 from gs_d2 import engine
 from gs_d2.config import check_config
 from gs_d2.evaluation import CocoRecallEvaluator
 from gs_d2.inference import FaceDetector
 from gs_d2.modeling import BreakingDefault, DetectionSettings, RPNDetector, description_of
+from train_net import Trainer
 
 
 @META_ARCH_REGISTRY.register()
@@ -48,13 +50,13 @@ class OwnRPNDetector(RPNDetector):
 OWN = ("MODEL.META_ARCHITECTURE", "OneBox")
 
 
-def test_it_trains_is_evaluated_and_finds_faces(drawn_datasets, tmp_path, load_script, monkeypatch):
+def test_it_trains_is_evaluated_and_finds_faces(drawn_datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = small_config(drawn_datasets, tmp_path / "run", *OWN, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
     check_config(cfg)
     (tmp_path / "run").mkdir()
-    trainer = load_script("train_net.py").Trainer(cfg)
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     before = trainer.model.box.detach().clone()
     trainer.train()
@@ -68,10 +70,9 @@ def test_it_trains_is_evaluated_and_finds_faces(drawn_datasets, tmp_path, load_s
     weights, picture = tmp_path / "run/model_final.pth", next(drawn_datasets.rglob("*.jpg"))
     (boxes,), scores = FaceDetector(tmp_path / "config.yaml", weights).detect(picture)
     assert scores.tolist() == [0.75] and torch.equal(torch.from_numpy(boxes), trainer.model.box.detach())
-    demo = load_script("demo/demo.py")
     command = ["--config-file", tmp_path / "config.yaml", "--input", picture, "--output", tmp_path / "faces.png"]
     opts = ["--opts", "MODEL.WEIGHTS", weights, "TEST.GS.PYRAMID", "False"]
-    assert demo.main([str(word) for word in command + opts]) == 0 and (tmp_path / "faces.png").is_file()
+    assert main([str(word) for word in command + opts]) == 0 and (tmp_path / "faces.png").is_file()
 
 
 def test_a_threshold_that_the_detector_does_not_know_is_kept_to(drawn_datasets, tmp_path):

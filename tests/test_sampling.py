@@ -1,3 +1,5 @@
+"""The sampler and the grouping by scale: their limits, their errors, and what a subclass may change."""
+
 import pytest
 import torch
 

@@ -205,10 +205,10 @@ def test_resume_continues_where_a_killed_run_was(trained, drawn_datasets, tmp_pa
 
 def test_a_missing_data_set_names_the_folder(tmp_path):
     result = train_net(tmp_path / "nowhere", tmp_path / "output")
-    assert result.returncode == 1
+    assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert str(tmp_path / "nowhere" / "widerface" / "wider_face_split" / "wider_face_train_bbx_gt.txt") in last
-    assert last.startswith("DATASETS.TRAIN wider_face_train: There is no list ")
+    assert last.startswith("train_net.py: error: DATASETS.TRAIN wider_face_train: There is no list ")
     assert "DETECTRON2_DATASETS" in last and "tools/prepare_wider_face.py" in last
     assert "Traceback" not in result.stderr and not (tmp_path / "output").exists()
 
@@ -245,16 +245,15 @@ def nowhere(tmp_path):
         (("--eval-only",), ("DATASETS.TEST", "()"), r"DATASETS\.TEST is empty: name a data set"),
     ],
 )
-def test_data_sets_are_looked_at_before_any_process(monkeypatch, tmp_path, nowhere, flags, opts, message):
+def test_data_sets_are_looked_at_before_any_process(monkeypatch, tmp_path, nowhere, flags, opts, message, refused):
     monkeypatch.setattr("gs_d2.engine.launch", lambda *args: pytest.fail("started"))
     output = tmp_path / "output"
-    with pytest.raises(SystemExit, match=message) as end:
+    with refused(message + r"[^\n]*\n$"):
         run_here(
             monkeypatch,
             *("--config-file", str(ROOT / CONFIG), *flags, "MODEL.WEIGHTS", "x.pth", *nowhere, *opts),
             *("OUTPUT_DIR", str(output)),
         )
-    assert "\n" not in end.value.code
     assert not output.exists()
 
 
@@ -265,9 +264,9 @@ def test_no_config_file(monkeypatch, capsys):
     assert "--config-file is needed, for example configs/quick/demo.yaml" in capsys.readouterr().err
 
 
-def test_cuda_without_a_gpu(monkeypatch, tmp_path):
+def test_cuda_without_a_gpu(monkeypatch, tmp_path, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"MODEL\.DEVICE is cuda and torch sees no GPU\. Add MODEL\.DEVICE cpu"):
+    with refused(r"MODEL\.DEVICE is cuda and torch sees no GPU\. Add MODEL\.DEVICE cpu"):
         run_here(
             monkeypatch,
             *("--config-file", str(ROOT / "configs/wider/fpn_finest_sampling.yaml"), "OUTPUT_DIR", str(tmp_path / "x")),
@@ -275,27 +274,27 @@ def test_cuda_without_a_gpu(monkeypatch, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_eval_only_minds_no_setting_of_training(monkeypatch, tmp_path):
+def test_eval_only_minds_no_setting_of_training(monkeypatch, tmp_path, refused):
     """256 samples a group are refused in training, and at test come as far as the missing weights."""
     command = ("--config-file", str(ROOT / CONFIG))
     opts = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "256", "OUTPUT_DIR", str(tmp_path / "x"))
-    with pytest.raises(SystemExit, match=r"BATCH_SIZE_PER_IMAGE is Detectron2's default 256"):
+    with refused(r"BATCH_SIZE_PER_IMAGE is Detectron2's default 256"):
         run_here(monkeypatch, *command, *opts)
-    with pytest.raises(SystemExit, match="--eval-only needs weights"):
+    with refused("--eval-only needs weights"):
         run_here(monkeypatch, *command, "--eval-only", *opts)
-    with pytest.raises(SystemExit, match=r"MODEL\.RPN\.CONV_DIMS \[64\]: the head has the channels"):
+    with refused(r"MODEL\.RPN\.CONV_DIMS \[64\]: the head has the channels"):
         run_here(monkeypatch, *command, "--eval-only", *opts, "MODEL.RPN.CONV_DIMS", "[64]")
 
 
-def test_eval_only_without_weights(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match=r"--eval-only needs weights: add MODEL\.WEIGHTS path/to/model_final\.pth"):
+def test_eval_only_without_weights(monkeypatch, tmp_path, refused):
+    with refused(r"--eval-only needs weights: add MODEL\.WEIGHTS path/to/model_final\.pth"):
         run_here(monkeypatch, "--config-file", str(ROOT / CONFIG), "--eval-only", "OUTPUT_DIR", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("flag", [(), ("--eval-only",), ("--resume",)])
-def test_breaking_defaults_are_refused(monkeypatch, tmp_path, flag):
-    with pytest.raises((SystemExit, ValueError), match=r"MODEL\.RPN\.NMS_THRESH is Detectron2's default 0\.7"):
+def test_breaking_defaults_are_refused(monkeypatch, tmp_path, flag, refused):
+    with refused(r"MODEL\.RPN\.NMS_THRESH is Detectron2's default 0\.7"):
         run_here(
             monkeypatch,
             *("--config-file", str(ROOT / "configs/wider/fpn_finest_sampling.yaml"), *flag),
@@ -304,20 +303,20 @@ def test_breaking_defaults_are_refused(monkeypatch, tmp_path, flag):
     assert not (tmp_path / "x").exists()
 
 
-def test_an_unknown_key_is_named(monkeypatch):
-    with pytest.raises((SystemExit, KeyError, AssertionError), match=r"MODEL\.GS\.SAMPLERS"):
+def test_an_unknown_key_is_named(monkeypatch, refused):
+    with refused(r"MODEL\.GS\.SAMPLERS"):
         run_here(monkeypatch, "--config-file", str(ROOT / CONFIG), "MODEL.GS.SAMPLERS", "wrs")
 
 
-def test_a_config_runs_no_code(monkeypatch, tmp_path):
+def test_a_config_runs_no_code(monkeypatch, tmp_path, refused):
     (tmp_path / "x.yaml").write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'trap'}']\n")
-    with pytest.raises(SystemExit, match=r"x\.yaml: .*python/object/apply"):
+    with refused(r"x\.yaml: .*python/object/apply"):
         run_here(monkeypatch, "--config-file", str(tmp_path / "x.yaml"))
     assert not (tmp_path / "trap").exists()
 
 
-def test_a_missing_config_file_is_named(monkeypatch):
-    with pytest.raises((SystemExit, OSError, AssertionError), match=r"configs/none\.yaml"):
+def test_a_missing_config_file_is_named(monkeypatch, refused):
+    with refused(r"configs/none\.yaml"):
         run_here(monkeypatch, "--config-file", "configs/none.yaml")
 
 

@@ -51,6 +51,7 @@ MODELS = (
     "pipelines/rfcn",
     "pipelines/retinaface",
     "pipelines/yolov3",
+    "pipelines/centernet",
     "faces/mobilenetv2",
 )
 
@@ -119,10 +120,10 @@ def test_every_pattern_fits_a_key():
     assert all(pattern in TABLES for table in tables for pattern in table)
 
 
-RPN, TWO_STAGE, RETINANET = "quick/demo", "quick/two_stage", "coco/retinanet"
+RPN, TWO_STAGE, RETINANET, CENTERNET = "quick/demo", "quick/two_stage", "coco/retinanet", "pipelines/centernet"
 
 
-@pytest.mark.parametrize("name", [RPN, TWO_STAGE, RETINANET])
+@pytest.mark.parametrize("name", [RPN, TWO_STAGE, RETINANET, CENTERNET])
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -4,47 +4,26 @@
     tools/analyze_model.py
     tools/analyze_model.py --config-file configs/wider/fpn.yaml --size 1080 1920 MODEL.FPN.OUT_CHANNELS 128
 
-What is counted, by fvcore and with one multiply-add as one operation: convolutions without their biases; 2 for each
-element that a frozen BatchNorm scales and shifts; 4 for each element that bilinear upsampling makes. Sums and pooling
-are not. "Feature extraction" is the ResNet, "RPN head" all that follows it: lateral convolutions, upsampling and the
-head. Decoding, NMS and a second stage are not counted.
-
-The paper's numbers of parameters are met only with two things that train nothing: the scale and shift of each frozen
-BatchNorm (buffers in Detectron2, parameters in torchvision), and the ImageNet classifier (fc) that the weights came
-with, of which no detector makes use. Both are counted; BatchNorm's running statistics are not.
-
-Exit code 2 where a figure of the paper is missed by more than 0.5 %, an operation was not counted, or a model cannot be
-analysed.
+gs_d2/analysis/complexity.py says what is counted and what is not. Exit code 1 where a metric of the paper is missed by
+more than 0.5 %, or an operation was not counted; 2 where a model cannot be analysed.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from fvcore.nn import FlopCountAnalysis
+from gs_d2 import model_zoo
+from gs_d2.analysis.complexity import AT_OUTPUT, Complexity, analyze
+from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.config import load_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
-from gs_d2.config import load_config  # isort: skip
-
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import ResNet, build_model
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TOLERANCE = 0.005
 PAPER_SIZE = (800, 800)
-HARMLESS_OPS = {
-    "aten::add",  # sums of the top-down path
-    "aten::add_",  # sums with the shortcuts of the ResNet
-    "aten::max_pool2d",  # comparisons
-}
-_IMAGENET_CLASSES = 1000
-_UNITS = {"feature extraction": "G", "RPN head": "G", "total": "G", "parameters": "M"}
+UNITS = {"flop": "G", "parameter": "M"}
 
 # (table, its row, our config, what the paper prints: G multiply-adds and M parameters)
 PAPER = [
+    ("10", "CenterNet (R18)", "pipelines/centernet.yaml", {AT_OUTPUT: 98.61}),
     ("10", "FPN-finest-sampling (R18)", "wider/fpn_finest_sampling_r18.yaml", {"total": 29.73}),
     ("11", "FPN", "wider/fpn.yaml", {"feature extraction": 52.42, "RPN head": 36.50, "total": 88.92}),
     (
@@ -59,26 +38,11 @@ PAPER = [
 ]
 
 
-@dataclass(frozen=True)
-class Complexity:
-    """What a detector costs.
-
-    Attributes:
-        size: (height, width) of the network's input in pixels, after padding.
-        figures: by the names of the paper's columns, in 1e9 multiply-adds and 1e6 parameters.
-        fc_parameters: those of the parameters that are the unused classifier's.
-        not_counted: operations met that nothing counts, and how often each was.
-    """
-
-    size: tuple[int, int]
-    figures: dict[str, float]
-    fc_parameters: int
-    not_counted: dict[str, int]
-
-
+@bad_input_ends()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--config-file", metavar="FILE", help="a config to analyse; without it, the paper's tables")
+    parser.add_argument("--tasks", nargs="+", choices=UNITS, default=list(UNITS), help="default: both")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the image, in pixels (default: 800 800)"
     )
@@ -86,123 +50,70 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.config_file is None and (args.size or args.opts):
         parser.error("--size and config overrides need --config-file: the paper's tables are of its own settings")
-    try:
-        if args.config_file is None:
-            return print_paper()
-        return print_one(args.config_file, tuple(args.size or PAPER_SIZE), args.opts)
-    except (OSError, KeyError, ValueError, AssertionError) as error:
-        print(f"analyze_model: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if args.config_file is None:
+        problems = print_paper(args.tasks)
+    else:
+        problems = print_one(args.config_file, tuple(args.size or PAPER_SIZE), args.opts, args.tasks)
+    for problem in problems:
+        print(f"analyze_model: {problem}", file=sys.stderr)
+    return int(bool(problems))
 
 
-def print_paper() -> int:
+def task_of(metric: str) -> str:
+    return "parameter" if metric == "parameters" else "flop"
+
+
+def print_paper(tasks) -> list[str]:
     print(f"{'table':7}{'row':27}{'':20}{'paper':>8}{'ours':>12}{'difference':>13}")
     analysed, problems = {}, []
     for table, row, name, paper in PAPER:
         if name not in analysed:
-            analysed[name] = analyze(load_config(CONFIGS / name), PAPER_SIZE)
+            analysed[name] = analyze(model_zoo.get_config(name), PAPER_SIZE)
             problems += complaints(analysed[name], name)
-        for figure, expected in paper.items():
-            ours = analysed[name].figures[figure]
+        for metric, expected in paper.items():
+            if task_of(metric) not in tasks:
+                continue
+            ours, unit = analysed[name].metrics[metric], UNITS[task_of(metric)]
             difference = ours / expected - 1
-            print(
-                f"{table:7}{row:27}{figure:20}{expected:8g} {_UNITS[figure]}{ours:10.2f} {_UNITS[figure]}"
-                f"{difference:+11.2%}"
-            )
+            print(f"{table:7}{row:27}{metric:20}{expected:8g} {unit}{ours:10.2f} {unit}{difference:+11.2%}")
             if abs(difference) > TOLERANCE:
-                problems.append(f"table {table}, {row}: {figure} is not the paper's, to within {TOLERANCE:.1%}")
+                problems.append(f"table {table}, {row}: {metric} is not the paper's, to within {TOLERANCE:.1%}")
     print_units(PAPER_SIZE)
+    for name, found in analysed.items():
+        print_transposed(found, f"{Path(name).stem}: ")
     fc = ", ".join(f"{Path(name).stem} {x.fc_parameters / 1e6:.3f} M" for name, x in analysed.items())
     print(f"Parameters include the unused ImageNet fc layer: {fc}.")
-    return report(problems)
+    return problems
 
 
-def print_one(config_file: str, size: tuple[int, int], opts: list[str]) -> int:
+def print_one(config_file: str, size: tuple[int, int], opts: list[str], tasks) -> list[str]:
     found = analyze(load_config(config_file, opts), size)
-    for figure, value in found.figures.items():
-        print(f"{figure:20}{value:10.2f} {_UNITS[figure]}")
+    for metric, value in found.metrics.items():
+        if task_of(metric) in tasks:
+            print(f"{metric:20}{value:10.2f} {UNITS[task_of(metric)]}")
     print_units(found.size)
+    print_transposed(found)
     if found.fc_parameters:
         print(f"Parameters include the unused ImageNet fc layer: {found.fc_parameters / 1e6:.3f} M.")
-    return report(complaints(found, config_file))
+    return complaints(found, config_file)
 
 
 def print_units(size):
     print(f"G: 10^9 multiply-adds at {size[0]} x {size[1]} (height x width); M: 10^6 parameters.")
 
 
+def print_transposed(found: Complexity, name: str = ""):
+    if AT_OUTPUT in found.metrics:
+        at_input, at_output = found.metrics["total"], found.metrics[AT_OUTPUT]
+        print(
+            f"{name}{at_output:.2f} G where transposed convolutions are counted at the size of their output, as by the "
+            f"paper's tool; {at_input:.2f} G at that of their input, where they multiply."
+        )
+
+
 def complaints(found: Complexity, name) -> list[str]:
     ops = ", ".join(f"{op} ({times} times)" for op, times in sorted(found.not_counted.items()))
     return [f"{name}: too low, for nothing counts {ops}"] if ops else []
-
-
-def report(problems: list[str]) -> int:
-    for problem in problems:
-        print(f"analyze_model: {problem}", file=sys.stderr)
-    return 2 if problems else 0
-
-
-def analyze(cfg, size: tuple[int, int]) -> Complexity:
-    """Runs the model of a config once, from random weights, on the CPU.
-
-    Args:
-        size: (height, width) of an image; padded to the network's stride as the detector pads it.
-    """
-    if min(size) < 1:
-        raise ValueError(f"--size must be positive, got {size[0]} {size[1]}")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    dense = _DensePart(build_model(cfg)).eval()
-    # Where gradients are needed, Detectron2 spells its frozen BatchNorm out in arithmetic that fvcore does not count.
-    dense.requires_grad_(False)
-    stride = max(dense.backbone.size_divisibility, 1)
-    size = tuple(-(-side // stride) * stride for side in size)
-
-    counts = FlopCountAnalysis(dense, torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *size))
-    counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    extraction, total = counts.total(dense.feature_extraction), counts.total()
-    parameters = sum(parameter.numel() for parameter in dense.parameters()) + sum(
-        norm.weight.numel() + norm.bias.numel() for norm in dense.modules() if isinstance(norm, FrozenBatchNorm2d)
-    )
-    fc_parameters = _imagenet_fc(dense.get_submodule(dense.feature_extraction))
-    return Complexity(
-        size=size,
-        figures={
-            "feature extraction": extraction / 1e9,
-            "RPN head": (total - extraction) / 1e9,
-            "total": total / 1e9,
-            "parameters": (parameters + fc_parameters) / 1e6,
-        },
-        fc_parameters=fc_parameters,
-        not_counted={op: times for op, times in counts.unsupported_ops().items() if op not in HARMLESS_OPS},
-    )
-
-
-class _DensePart(torch.nn.Module):
-    """From the image to the head's predictions, without what depends on the image's content."""
-
-    def __init__(self, model):
-        super().__init__()
-        head = getattr(getattr(model, "proposal_generator", None), "rpn_head", None)
-        if head is None:
-            raise ValueError(f"only a model with an RPN can be analysed, and {type(model).__name__} here has none")
-        self.backbone = model.backbone
-        self.head = head
-        self.in_features = model.proposal_generator.in_features
-        self.feature_extraction = "backbone.bottom_up" if hasattr(model.backbone, "bottom_up") else "backbone"
-
-    def forward(self, image):
-        features = self.backbone(image)
-        return self.head([features[name] for name in self.in_features])
-
-
-def _imagenet_fc(bottom_up) -> int:
-    """Parameters of the classifier behind the ResNet's last stage; 0 for another network."""
-    if not isinstance(bottom_up, ResNet):
-        return 0
-    channels = max(bottom_up.output_shape().values(), key=lambda shape: shape.stride).channels
-    return channels * _IMAGENET_CLASSES + _IMAGENET_CLASSES
 
 
 if __name__ == "__main__":

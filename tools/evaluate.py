@@ -12,11 +12,9 @@ fractions.
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
+from gs_d2.command_line import bad_input_ends, parser_of
 from gs_d2.evaluation.curves import load_curves
 from gs_d2.evaluation.face_eval import FaceEvalResult, evaluate_face_eval
 from gs_d2.evaluation.fddb import FddbResult, evaluate_fddb
@@ -31,9 +29,7 @@ from gs_d2.formats.wider_predictions import read_wider_predictions, write_wider_
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__, allow_abbrev=False)
     parser.add_argument("benchmark", choices=["wider_face", "fddb", "afw", "pascal_face"])
     parser.add_argument("--predictions", required=True, type=Path, metavar="PATH", help="the detections")
     parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations")
@@ -69,25 +65,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 2 after one line on stderr that says what is wrong with the input."""
+@bad_input_ends()
+def main(argv: list[str] | None = None):
     args = parse_args(argv)
     evaluate = {"wider_face": run_wider_face, "fddb": run_fddb}.get(args.benchmark, run_face_eval)
-    try:
-        if args.output:
-            args.output.mkdir(parents=True, exist_ok=True)
-        result = evaluate(args)
-        if args.json:
-            write_summary(result, {}, args.json)
-    except ImportError as error:
-        print(f"error: {error}; install it: pip install {error.name}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    result = evaluate(args)
+    if args.json:
+        write_summary(result, {}, args.json)
     if args.output:
         print(f"results.json, curves and picture are in {args.output}")
-    return 0
 
 
 def print_missing(missing: list[str], num_images: int, num_unknown: int, what: str = "files") -> None:
@@ -157,4 +145,4 @@ def run_face_eval(args: argparse.Namespace) -> FaceEvalResult:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

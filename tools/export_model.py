@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Writes a trained single-stage detector as one file that runs without gs_d2: ONNX or TorchScript.
+"""Exports a trained single-stage detector as one file that runs without gs_d2: ONNX or TorchScript.
 
     tools/export_model.py --config-file configs/quick/demo.yaml --output output/demo/model.onnx \\
-        --sample-image picture.jpg --opts MODEL.WEIGHTS output/demo/model_final.pth
+        --sample-image picture.jpg MODEL.WEIGHTS output/demo/model_final.pth
 
 The graph takes the pixels of one image of any size and gives the boxes and scores of its faces: normalisation, padding,
 anchors, decoding, TEST.GS.SCORE_THRESH and, unless --nms outside, NMS are in it. docs/export.md describes inputs,
@@ -14,52 +14,48 @@ stays, and the faces are printed), 2 if nothing was written.
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
+from gs_d2.command_line import bad_input_ends, parser_of
 from gs_d2.config import load_config
 from gs_d2.formats.images import as_rgb
+from gs_d2.formats.whole_file import write_whole
 from gs_d2.inference import FaceDetector
 from gs_d2.inference.export import INPUT, OUTPUTS, ExportableDetector, to_onnx, to_torchscript
-from gs_d2.modeling.nms import top_nms
+from gs_d2.inference.exported import BOX_TOLERANCE, SCORE_TOLERANCE, Comparison, compare, load_exported
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts"}
-BOX_TOLERANCE, SCORE_TOLERANCE = 1e-2, 1e-4  # pixels, probability
 MAX_PRINTED = 10  # faces that differ
 SIZES = ((224, 320), (161, 203), (97, 355))  # (height, width) of the images compared, the sample's own apart
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 PACKAGES = "pip install -c constraints.txt onnx onnxruntime onnxscript"
 
 
+@bad_input_ends()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        path = output_path(args.output, args.format)
-        if args.format == "onnx":
-            need_packages()
-        sample = as_rgb(args.sample_image) if args.sample_image else None
-        cfg = load_config(args.config_file, args.opts)
-        if cfg.MODEL.GS.AUTOCAST_DTYPE:
-            print(f"MODEL.GS.AUTOCAST_DTYPE {cfg.MODEL.GS.AUTOCAST_DTYPE} is left out: the graph computes in float32")
-            cfg.MODEL.GS.AUTOCAST_DTYPE = ""
-        detector = FaceDetector(cfg, device="cpu", confidence_threshold=cfg.TEST.GS.SCORE_THRESH)
-        graph = ExportableDetector(detector.model, with_nms=args.nms == "inside")
-        write(graph, path, args.format, DTYPES[args.input_dtype], settings(detector, args.nms))
-    except (ImportError, OSError, ValueError) as error:
-        print(f"export_model: {error}", file=sys.stderr)
-        return 2
+    path = output_path(args.output, args.format)
+    if args.format == "onnx":
+        need_packages()
+    sample = as_rgb(args.sample_image) if args.sample_image else None
+    cfg = load_config(args.config_file, args.opts)
+    if cfg.MODEL.GS.AUTOCAST_DTYPE:
+        print(f"MODEL.GS.AUTOCAST_DTYPE {cfg.MODEL.GS.AUTOCAST_DTYPE} is left out: the graph computes in float32")
+        cfg.MODEL.GS.AUTOCAST_DTYPE = ""
+    detector = FaceDetector(cfg, device="cpu", confidence_threshold=cfg.TEST.GS.SCORE_THRESH)
+    graph = ExportableDetector(detector.model, with_nms=args.nms == "inside")
+    write(graph, path, args.format, DTYPES[args.input_dtype], settings(detector, args.nms))
     describe(path, args.format, args.input_dtype, detector, args.nms)
-    return compare(load(path, args.format), graph, images(sample, detector.cfg.INPUT.FORMAT, args.input_dtype))
+    compared_on = images(sample, detector.cfg.INPUT.FORMAT, args.input_dtype)
+    return report(compare(load_exported(path), graph, compared_on), compared_on)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the config that was trained with")
     parser.add_argument("--output", required=True, metavar="PATH", help="the file to write, or a folder for model.*")
     parser.add_argument("--format", choices=SUFFIXES, default="onnx", help="default: onnx")
@@ -68,9 +64,7 @@ def parse(argv):
         "--nms", choices=("inside", "outside"), default="inside", help="whether the graph ends after or before NMS"
     )
     parser.add_argument("--input-dtype", choices=DTYPES, default="uint8", help="of the pixels 0..255 (default: uint8)")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config keys and values, MODEL.WEIGHTS ..."
-    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, MODEL.WEIGHTS ...")
     return parser.parse_args(argv)
 
 
@@ -103,15 +97,13 @@ def settings(detector: FaceDetector, nms: str) -> dict[str, str]:
 def write(graph: ExportableDetector, path: Path, format: str, dtype: torch.dtype, facts: dict[str, str]):
     """All of the file or nothing: what stood there before is kept until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
-        written = os.path.join(folder, path.name)
-        if format == "onnx":
-            program = to_onnx(graph, dtype)
-            program.model.metadata_props.update(facts)
-            program.save(written, external_data=False)
-        else:
-            to_torchscript(graph, dtype).save(written, _extra_files=facts)
-        os.replace(written, path)
+    if format == "onnx":
+        program = to_onnx(graph, dtype)
+        program.model.metadata_props.update(facts)
+        write_whole(path, lambda file: file.write(program.model_proto.SerializeToString()))
+    else:
+        script = to_torchscript(graph, dtype)
+        write_whole(path, lambda file: torch.jit.save(script, file, _extra_files=facts))
 
 
 def describe(path: Path, format: str, dtype: str, detector: FaceDetector, nms: str):
@@ -154,66 +146,22 @@ def images(sample: Image.Image | None, channels: str, dtype: str) -> list[np.nda
     return arrays
 
 
-def load(path: Path, format: str):
-    """What was written as a function of an array [1, 3, H, W] that gives boxes and scores."""
-    if format == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return lambda image: session.run(list(OUTPUTS), {INPUT: image})
-    module = torch.jit.load(str(path))
-    return torch.no_grad()(lambda image: [output.numpy() for output in module(torch.from_numpy(image))])
-
-
-def compare(run, graph: ExportableDetector, images: list[np.ndarray]) -> int:
-    """Prints how the faces of each image differ from those that the model finds; 1 if any does.
-
-    There is no allowance for near ties (an overlap that is the NMS threshold up to rounding): the faces concerned are
-    printed, and the reader decides.
-    """
-    detector, num_faces, unlike, errors = graph.detector, 0, [], torch.zeros(2)
-    for image in images:
-        boxes, scores = (torch.from_numpy(x) for x in run(image))
-        if not graph.with_nms:
-            kept = top_nms(boxes, scores, detector.nms_thresh, detector.max_detections)
-            boxes, scores = boxes[kept], scores[kept]
-        instances = detector([{"image": torch.from_numpy(image[0])}])[0]["instances"]
-        expected = torch.cat([instances.pred_boxes.tensor, instances.scores[:, None]], dim=1)
-        pairs = matched(found := torch.cat([boxes, scores[:, None]], dim=1), expected)
-        num_faces += len(expected)
-        if len(pairs):
-            distances = (found[pairs[:, 0]] - expected[pairs[:, 1]]).abs()
-            errors = errors.maximum(torch.stack([distances[:, :4].max(), distances[:, 4].max()]))
-        for who, faces, of_pairs in (("the file", found, pairs[:, 0]), ("the model", expected, pairs[:, 1])):
-            alone = torch.ones(len(faces), dtype=torch.bool).index_fill(0, of_pairs, False)
-            size = f"{image.shape[3]} x {image.shape[2]}"
-            unlike += [f"{size}, only {who}: box {face[:4]}, score {face[4]:.6f}" for face in faces[alone].tolist()]
+def report(found: Comparison, images: list[np.ndarray]) -> int:
+    """Prints the comparison; 1 if any face differs."""
     sizes = ", ".join(f"{image.shape[3]} x {image.shape[2]}" for image in images)
     print(
-        f"Compared with the model on {len(images)} images ({sizes}): {num_faces} faces; those found by both differ by "
-        f"at most {errors[0]:.1g} px and {errors[1]:.1g} in score; {len(unlike)} found by one alone"
+        f"Compared with the model on {len(images)} images ({sizes}): {found.num_faces} faces; those found by both "
+        f"differ by at most {found.box_error:.1g} px and {found.score_error:.1g} in score; "
+        f"{len(found.unlike)} found by one alone"
     )
-    if not num_faces:
+    if not found.num_faces:
         print("There was no face to compare: name a picture that has some with --sample-image")
-    if unlike:
-        lines = [f"export_model: {len(unlike)} faces differ by more than {BOX_TOLERANCE} px or {SCORE_TOLERANCE}:"]
-        print("\n  ".join(lines + unlike[:MAX_PRINTED]), file=sys.stderr)
-    return int(bool(unlike))
-
-
-def matched(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Rows (i, j), int64 [n, 2], of faces (x1, y1, x2, y2, score) that agree, in any order; each i and j once.
-
-    Found face i and expected face j are each other's nearest, and within BOX_TOLERANCE and SCORE_TOLERANCE.
-    """
-    if not len(found) or not len(expected):
-        return torch.zeros(0, 2, dtype=torch.int64)
-    tolerance = torch.tensor([BOX_TOLERANCE] * 4 + [SCORE_TOLERANCE])
-    distances = ((found[:, None] - expected) / tolerance).abs().amax(dim=2)
-    nearest = distances.argmin(dim=1)
-    rows = torch.arange(len(found))
-    agree = (distances.argmin(dim=0)[nearest] == rows) & (distances[rows, nearest] <= 1)
-    return torch.stack([rows[agree], nearest[agree]], dim=1)
+    if found.unlike:
+        lines = [
+            f"export_model: {len(found.unlike)} faces differ by more than {BOX_TOLERANCE} px or {SCORE_TOLERANCE}:"
+        ]
+        print("\n  ".join(lines + found.unlike[:MAX_PRINTED]), file=sys.stderr)
+    return int(bool(found.unlike))
 
 
 if __name__ == "__main__":

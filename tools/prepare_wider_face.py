@@ -10,7 +10,6 @@ command can be repeated. A layout made by hand serves as well: --check-only tell
 something is missing or wrong.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -20,8 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
+from gs_d2.command_line import bad_input_ends, parser_of
 from gs_d2.data import load_wider_face
 from gs_d2.formats.files import ZipLimits, open_zip
 from gs_d2.formats.images import as_rgb
@@ -48,9 +46,9 @@ LIMITS = ZipLimits(entries=100_000, file_bytes=64 * 2**20, total_bytes=8 * 2**30
 _MAX_DEPTH = 3  # folders below a source that are searched
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 2 after one line on stderr that says what is missing or wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@bad_input_ends()
+def main(argv: list[str] | None = None):
+    parser = parser_of(__doc__)
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="official zips, or folders of them")
     parser.add_argument(
         "--output",
@@ -66,20 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check-only", action="store_true", help="change nothing, only say what is there")
     args = parser.parse_args(argv)
     base = args.output / "widerface"
-    try:
-        if not args.check_only:
-            for part, source in find_parts([*args.sources, *([base] if base.is_dir() else [])]):
-                place(part, source, base, args.copy)
-        problems = check(base, args.splits, args.read_images)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if problems:
+    if not args.check_only:
+        for part, source in find_parts([*args.sources, *([base] if base.is_dir() else [])]):
+            place(part, source, base, args.copy)
+    if problems := check(base, args.splits, args.read_images):
         print(f"\nThe official files are at {PAGE}. Download what is missing, and give this command the folder.")
-        print(f"error: {base} is not whole: {'; '.join(problems)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{base} is not whole: {'; '.join(problems)}")
     print(f"{base} is whole. Use it with: export DETECTRON2_DATASETS={args.output.resolve()}")
-    return 0
 
 
 def find_parts(sources: list[Path]) -> list[tuple[str, Path]]:
@@ -242,4 +233,4 @@ def _from(part: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws what a detector is trained on: the annotations, or the augmented views that the data loader makes of them.
+"""Shows what a detector is trained on: the annotations, or the augmented views that the data loader makes of them.
 
     tools/visualize_data.py --source annotation --output-dir pictures
     tools/visualize_data.py --source dataloader --config-file configs/quick/demo.yaml --output-dir pictures
@@ -17,28 +17,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from detectron2.data import DatasetCatalog
+from detectron2.data import detection_utils as utils
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
-
-from gs_d2.config import load_config  # isort: skip
-from gs_d2.engine import Trainer  # isort: skip
-from gs_d2.formats.images import as_rgb  # isort: skip
-from gs_d2.visualization import draw_annotations  # isort: skip
-
-from detectron2.data import DatasetCatalog
-from detectron2.data import detection_utils as utils
-
-ROOT = Path(__file__).resolve().parents[1]
+from gs_d2 import model_zoo
+from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.config import load_config
+from gs_d2.engine import Trainer
+from gs_d2.formats.images import as_rgb
+from gs_d2.visualization import draw_annotations
 
 
+@bad_input_ends(RuntimeError)  # of the loader, which gives up on many bad images
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=["annotation", "dataloader"], required=True, help="what is drawn")
-    parser.add_argument(
-        "--config-file", metavar="FILE", default=str(ROOT / "configs" / "Base-WIDER.yaml"), help="path to config file"
-    )
+    parser = parser_of(__doc__)
+    parser.add_argument("--source", choices=["annotation", "dataloader"], required=True, help="what is shown")
+    parser.add_argument("--config-file", metavar="FILE", help="default: configs/Base-WIDER.yaml")
     parser.add_argument("--output-dir", default="./", help="folder for the pictures")
     parser.add_argument("--show", action="store_true", help="open each picture instead of saving it")
     parser.add_argument(
@@ -46,12 +42,9 @@ def main(argv=None):
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        visualize = from_annotations if args.source == "annotation" else from_dataloader
-        write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)
-    except (OSError, KeyError, ValueError, AssertionError, RuntimeError) as error:
-        sys.exit(f"visualize_data: {' '.join(str(error).split())}")
+    cfg = load_config(args.config_file or model_zoo.get_config_file("Base-WIDER.yaml"), args.opts)
+    visualize = from_annotations if args.source == "annotation" else from_dataloader
+    write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)
 
 
 def write(pictures, output_dir, show):
@@ -77,7 +70,7 @@ def from_annotations(cfg, num_images):
     records = load_records(cfg)
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
-    for record in tqdm(records, desc="drawing", unit="image"):
+    for record in tqdm(records, desc="pictures", unit="image"):
         boxes, ignored = record["gt_boxes"], record["gt_ignore"]
         try:
             image = as_rgb(record["file_name"])
@@ -93,7 +86,7 @@ def from_dataloader(cfg, num_images):
     if cfg.SEED < 0:
         cfg.SEED = secrets.randbelow(2**31)  # other views with every start
     loader = Trainer.build_train_loader(cfg)
-    with tqdm(total=num_images, desc="drawing", unit="image") as bar:
+    with tqdm(total=num_images, desc="pictures", unit="image") as bar:
         for batch in loader:
             for view in batch:
                 if bar.n == num_images:

@@ -194,7 +194,7 @@ def _score_steps(ious: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 def ellipses_from_rectangles(rectangles: np.ndarray) -> np.ndarray:
     """Turns detected rectangles into ellipses by our own fit to FDDB's annotations
-    (tools/fit_fddb_ellipse.py).
+    (dev/fit_fddb_ellipse.py).
 
     Args:
         rectangles (ndarray[n, 5]): `x y w h score`.

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gs_d2.formats.whole_file import write_text
+
 # Above this lowest score, detections that the curve needs were cut off: a threshold of 0.5 costs 3 points on
 # hard.
 _HIGH_LOWEST_SCORE = 0.05
@@ -73,10 +75,9 @@ def present(
 
 
 def write_summary(result: Result, setting: Mapping, path: str | os.PathLike) -> None:
-    """Writes the summary with `setting` as JSON, into a folder that is made where missing."""
+    """Writes the summary with `setting` as JSON, whole or not at all, into a folder that is made where missing."""
     summary = {**result.summary(), "setting": {**setting, **result.setting()}}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(summary, indent=1, default=str, allow_nan=False) + "\n")
+    write_text(path, json.dumps(summary, indent=1, default=str, allow_nan=False) + "\n")
 
 
 def format_setting(setting: Mapping) -> str:

@@ -1,7 +1,7 @@
 """Testing: a detector for pictures, and beyond one forward pass image pyramids, tiles for images that do not fit into
 memory, and box voting.
 
-Models are used through four public members only (see :class:`gs_d2.modeling.RPNDetector`), so any detector that has
+Models are used through four public members only (see :class:`gs_d2.modeling.BoxDetector`), so any detector that has
 them can be tested this way.
 """
 

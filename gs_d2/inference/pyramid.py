@@ -95,7 +95,7 @@ class PyramidDetector(nn.Module):
     ):
         """
         Args:
-            model: with the four members that :class:`gs_d2.modeling.RPNDetector` names; not copied.
+            model: with the four members that :class:`gs_d2.modeling.BoxDetector` names; not copied.
             scales: factors of the image given; positive.
             max_size: see :func:`pyramid_levels`.
             flip: also test every level mirrored.

@@ -78,7 +78,7 @@ class TiledPredictor:
     def __init__(self, model, topk: int, margin: int = 256):
         """
         Args:
-            model: in eval mode, with `predict_candidates` and `tile_geometry`, as :class:`gs_d2.modeling.RPNDetector`.
+            model: in eval mode, with `predict_candidates` and `tile_geometry`, as :class:`gs_d2.modeling.BoxDetector`.
             topk: candidates kept of an image, whether or not it was tiled.
             margin: pixels beyond the largest anchor that a tile sees. Half the receptive field of a ResNet-50 is
                 about 240 px.

@@ -9,7 +9,7 @@ it.
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, BufferList, DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ class ScaleStrideAnchorGenerator(nn.Module):
 
         # Per feature map a list of (stride, sub-sampling of the map, first and last anchor of a cell).
         self._grids = []
-        self._cells = []
+        cells = []
         for feature_stride, map_sizes, map_ratios, strides in zip(
             feature_strides, sizes, aspect_ratios, anchor_strides, strict=True
         ):
@@ -65,12 +65,13 @@ class ScaleStrideAnchorGenerator(nn.Module):
                 last = first + strides.count(stride) * per_size
                 grids.append((stride, stride // feature_stride, first, last))
             self._grids.append(grids)
-            self._cells.append(DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float())
+            cells.append(DefaultAnchorGenerator.generate_cell_anchors(None, map_sizes, map_ratios).float())
+        self._cells = BufferList(cells)  # on the model's device: a copy in each step would wait for it
         self.scales = sorted({float(size) for map_sizes in sizes for size in map_sizes})
         """The distinct anchor scales, ascending, in pixels."""
         self.strides = sorted({stride for grids in self._grids for stride, *_ in grids})
         """The distinct anchor strides, ascending, in pixels."""
-        self.max_side = max(float((cell[:, 2:] - cell[:, :2]).max()) for cell in self._cells)
+        self.max_side = max(float((cell[:, 2:] - cell[:, :2]).max()) for cell in cells)
         """The longest side of any anchor, in pixels."""
 
     @classmethod
@@ -99,7 +100,7 @@ class ScaleStrideAnchorGenerator(nn.Module):
         """Anchors of each feature map [N, C, Hi, Wi], float32 on its device."""
         anchors = []
         for feature, cell, grids in zip(features, self._cells, self._grids, strict=True):
-            cell = cell.to(feature.device)
+            cell = cell.to(feature.device, torch.float32)
             parts = []
             for stride, step, first, last in grids:
                 # len(range(step // 2, size, step)), as arithmetic that tracing records

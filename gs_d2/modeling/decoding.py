@@ -1,6 +1,7 @@
 """From the predictions of an image to its boxes, by arithmetic that tracing and torch.export record."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -18,24 +19,53 @@ def best_boxes(
     score_thresh: float,
     min_size: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best boxes of one image: top-k by score, decode, clip, drop small and improbable ones.
+    """:func:`top_boxes` of anchors.
 
     Args:
         anchors (Tensor[R, 4]): XYXY.
-        logits (Tensor[R, 2]): background and face; where their difference is not finite, the box is dropped.
-        deltas (Tensor[R, 4]): as `box2box_transform` takes them; what gives no finite box is dropped.
+        logits (Tensor[R, 2]): background and face; the score is their difference.
+        deltas (Tensor[R, 4]): as `box2box_transform` takes them.
+        image_size, topk, score_thresh, min_size: as :func:`top_boxes`.
+
+    Returns:
+        As :func:`top_boxes`; rows are those of the anchors.
+    """
+    return top_boxes(
+        logits[:, 1] - logits[:, 0],
+        lambda rows: box2box_transform.apply_deltas(deltas[rows], anchors[rows]),
+        image_size,
+        topk=topk,
+        score_thresh=score_thresh,
+        min_size=min_size,
+    )
+
+
+def top_boxes(
+    scores: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    image_size: tuple,
+    *,
+    topk: int,
+    score_thresh: float,
+    min_size: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best boxes of one image: top-k by score, decode, clip, drop small and improbable ones.
+
+    Args:
+        scores (Tensor[R]): logits of the face probabilities; where one is not finite, the box is dropped.
+        decode: of rows (int64 Tensor[n]) their boxes (Tensor[n, 4], XYXY); what is no finite box is dropped.
         image_size: (height, width) in pixels, numbers or what tracing has in their place; boxes are clipped to it.
         topk: boxes considered, those of the highest scores.
         score_thresh: face probability below which a box is dropped.
         min_size: boxes with a side not above this many pixels are dropped.
 
     Returns:
-        boxes (Tensor[n, 4]), the logits of their probabilities (Tensor[n], falling) and the rows of their anchors
+        boxes (Tensor[n, 4]), the logits of their probabilities (Tensor[n], falling) and their rows
         (int64 Tensor[n]); n is 0 where nothing is left. Of equal logits the lower row comes first, also where `topk`
         cuts, so that equal predictions give the same boxes on every device and in exported graphs.
     """
     # What a diverged model predicts is dropped here; in training its loss stops the run.
-    scores = (logits[:, 1] - logits[:, 0]).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    scores = scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     # Of equal scores topk takes any, and others on another device: it only says how low to go. (A stable sort of all
     # takes four times as long.)
     best = scores.topk(_at_most(scores.shape[0], topk), sorted=False).values
@@ -43,7 +73,7 @@ def best_boxes(
     rows = torch.nonzero(scores >= lowest)[:, 0]
     scores, order = scores[rows].sort(descending=True, stable=True)
     scores, rows = scores[:topk], rows[order[:topk]]
-    boxes = box2box_transform.apply_deltas(deltas[rows], anchors[rows])
+    boxes = decode(rows)
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
     boxes = torch.where(finite[:, None], boxes, torch.zeros_like(boxes))
     height, width = image_size

@@ -49,6 +49,19 @@ class BreakingDefault(NamedTuple):
 TOO_FEW_DETECTIONS = BreakingDefault(
     "TEST.DETECTIONS_PER_IMAGE", 100, "a WIDER FACE image has up to 1,968 faces; use 1000 or more", right_for_coco=True
 )
+DETECTION_LIMITS = [
+    TOO_FEW_DETECTIONS,
+    BreakingDefault(
+        "MODEL.RPN.PRE_NMS_TOPK_TEST", 6000, "over all scales together it starves small faces; the paper keeps 50000"
+    ),
+    BreakingDefault(
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        1000,
+        "it caps detections before TEST.DETECTIONS_PER_IMAGE does",
+        right_for_coco=True,
+    ),
+]
+LOOSE_NMS = BreakingDefault("MODEL.RPN.NMS_THRESH", 0.7, "the paper merges detections at 0.5", right_for_coco=True)
 OTHER_SAMPLES = [
     BreakingDefault(
         "MODEL.RPN.POSITIVE_FRACTION",

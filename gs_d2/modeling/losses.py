@@ -61,13 +61,23 @@ def box_regression_loss(
     """
     pred_deltas = pred_deltas.float()
     if loss_type == "smooth_l1":
-        gt_deltas = box2box_transform.get_deltas(anchors, gt_boxes)
+        gt_deltas = _get_deltas(anchors, gt_boxes, box2box_transform.weights)
         if smooth_l1_beta < 1e-5:
             return F.l1_loss(pred_deltas, gt_deltas, reduction="none").sum(dim=1)
         return F.smooth_l1_loss(pred_deltas, gt_deltas, reduction="none", beta=smooth_l1_beta).sum(dim=1)
     if loss_type not in _BOX_LOSSES:
         raise ValueError(f"loss_type must be one of {', '.join(BOX_REG_LOSS_TYPES)}, got {loss_type!r}")
     return _BOX_LOSSES[loss_type](box2box_transform.apply_deltas(pred_deltas, anchors), gt_boxes)
+
+
+def _get_deltas(boxes: Tensor, gt_boxes: Tensor, weights) -> Tensor:
+    """``Box2BoxTransform.get_deltas``, whose assertion that boxes have a width waits for the GPU."""
+    sizes, gt_sizes = boxes[:, 2:] - boxes[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
+    centres, gt_centres = boxes[:, :2] + 0.5 * sizes, gt_boxes[:, :2] + 0.5 * gt_sizes
+    wx, wy, ww, wh = weights
+    dx, dy = ((gt_centres - centres) / sizes).unbind(dim=1)
+    dw, dh = torch.log(gt_sizes / sizes).unbind(dim=1)
+    return torch.stack((wx * dx, wy * dy, ww * dw, wh * dh), dim=1)
 
 
 def focal_weights(cls_losses: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:

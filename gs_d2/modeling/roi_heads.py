@@ -149,15 +149,18 @@ class GroupedHeads(nn.Module):
         boxes = nn.utils.rnn.pad_sequence([x.tensor for x in proposals], batch_first=True)  # [B, R, 4]
         num_images, num_boxes = boxes.shape[:2]
         matches = self.group_loss.match(boxes, gt_boxes, ignore_boxes)
-        counts = torch.tensor([len(x) for x in proposals], device=boxes.device)
-        padding = torch.arange(num_boxes, device=boxes.device) >= counts[:, None]
+        padding = nn.utils.rnn.pad_sequence(
+            [torch.zeros(len(x), dtype=torch.bool, device=boxes.device) for x in proposals],
+            batch_first=True,
+            padding_value=True,
+        )
         match_labels = matches.labels.masked_fill(padding, -1)
         gt_classes = F.pad(torch.cat([x.gt_classes for x in targets]), (0, 1), value=self.num_classes)
         classes = torch.where(match_labels == 1, gt_classes[matches.gt_idxs], self.num_classes)
         scale_idxs, group_idxs = self.group_loss.group(boxes)
 
         def cross_entropy(rows):
-            logits, deltas = self._predict(maps, boxes, rows)
+            logits, deltas = self._predict(maps, _boxes_of_rows(boxes, rows))
             return F.cross_entropy(logits, classes.flatten()[rows], reduction="none"), deltas
 
         cls_losses = boxes.new_zeros(num_images, num_boxes)
@@ -200,13 +203,10 @@ class GroupedHeads(nn.Module):
             order, with the fields of :meth:`forward`'s detections, `logits` of their scores and the proposals' other
             fields.
         """
-        maps = self._maps(features)
-        boxes = nn.utils.rnn.pad_sequence([x.proposal_boxes.tensor for x in proposals], batch_first=True)
-        num_boxes = boxes.shape[1]
-        rows = torch.cat([torch.arange(len(x), device=boxes.device) + i * num_boxes for i, x in enumerate(proposals)])
-        logits, deltas = self._predict(maps, boxes, rows)
+        boxes = [x.proposal_boxes for x in proposals]
+        logits, deltas = self._predict(self._maps(features), boxes)
         second = class_logits(logits)
-        refined = self.box2box_transform.apply_deltas(deltas, boxes.view(-1, 4)[rows])
+        refined = self.box2box_transform.apply_deltas(deltas, Boxes.cat(boxes).tensor)
         lengths = [len(x) for x in proposals]
         results = []
         for x, logits, decoded in zip(proposals, second.split(lengths), refined.split(lengths), strict=True):
@@ -224,13 +224,12 @@ class GroupedHeads(nn.Module):
             results.append(detections[boxes.nonempty()])
         return results
 
-    def _predict(self, maps: list[Tensor], boxes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores some of the boxes.
+    def _predict(self, maps: list[Tensor], boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
+        """Scores boxes.
 
         Args:
             maps: float32 feature maps of `in_features`.
-            boxes (Tensor[B, R, 4])
-            rows (int64 Tensor[S]): which of the B * R boxes; ascending.
+            boxes: of each image; S in all.
 
         Returns:
             float32 logits [S, K + 1], background last, and deltas [S, 4] or [S, 4 K].
@@ -289,13 +288,13 @@ class GroupedROIHeads(GroupedHeads):
             ),
         }
 
-    def _predict(self, maps: list[Tensor], boxes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self.box_pooler(maps, boxes_of_rows(boxes, rows))
+    def _predict(self, maps: list[Tensor], boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
+        pooled = self.box_pooler(maps, boxes)
         logits, deltas = self.box_predictor(self.box_head(pooled))
         return logits.float(), deltas.float()
 
 
-def boxes_of_rows(boxes: Tensor, rows: Tensor) -> list[Boxes]:
+def _boxes_of_rows(boxes: Tensor, rows: Tensor) -> list[Boxes]:
     """Of boxes [B, R, 4] those of rows (int64 Tensor[S], ascending, of all B * R), for each image."""
     counts = torch.bincount(rows // max(boxes.shape[1], 1), minlength=len(boxes)).tolist()
     return [Boxes(x) for x in boxes.view(-1, 4)[rows].split(counts)]

@@ -11,9 +11,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from gs_d2.checkpoint import read_weights
 from gs_d2.modeling.backbone import TopDown
 from gs_d2.modeling.bn_folding import Trace, fold
+from gs_d2.weights import read_weights
 
 BN_MODES = ("folded", "frozen", "trained")
 

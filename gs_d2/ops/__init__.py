@@ -164,7 +164,10 @@ def group_subsample(
         [4, 2]
     """
     if seed is None:
-        seed = torch.empty((), dtype=torch.int64).random_().to(match_labels.device)
+        seed = torch.empty((), dtype=torch.int64).random_()
+        # A number goes along with the kernel's arguments; a tensor would be copied, and its value frozen in a graph of
+        # torch.compile if it were a number there.
+        seed = seed.to(match_labels.device) if torch.compiler.is_compiling() else int(seed)
     is_tensor = isinstance(seed, Tensor)
     if not is_tensor and not -(2**63) <= seed < 2**63:
         raise ValueError(f"group_subsample: seed must fit int64, got {seed}")

@@ -8,6 +8,7 @@ A barrier whose loss nothing notices is either redundant, and goes, or a hole in
 import re
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +68,13 @@ def mutate_all():
 
 def main():
     rows = mutate_all()
-    print("| barrier | in | wrong results, schedules of 3 | ThreadSanitizer |")
-    print("|---|---|---|---|")
+    print("| kernel file | function | barrier | wrong results, schedules of 3 | ThreadSanitizer |")
+    print("|---|---|---|---|---|")
+    numbers = Counter()  # of a function's barriers; line numbers would not last
     for row in rows:
-        report = "reported" if row.thread_sanitizer else "silent"
-        print(f"| {row.file}:{row.line} | `{row.function}` | {row.fibers} | {report} |")
+        numbers[row.file, row.function] += 1
+        number, report = numbers[row.file, row.function], "reported" if row.thread_sanitizer else "silent"
+        print(f"| {row.file} | `{row.function}` | {number} | {row.fibers} | {report} |")
     missed = sum(not row.caught for row in rows)
     print(f"\n{len(rows)} barriers, {len(rows) - missed} caught, {missed} missed")
     sys.exit(1 if missed else 0)

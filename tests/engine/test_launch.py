@@ -25,7 +25,6 @@ def dying(self):
         os.kill(os.getpid(), signal.SIGKILL)
     run_step(self)
 AccumulatingTrainer.run_step = dying
-sys.path.insert(0, {str(ROOT)!r})
 runpy.run_path({str(ROOT / "train_net.py")!r}, run_name="__main__")
 """
 OPTS = ("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2)
@@ -41,7 +40,8 @@ def test_torchrun_trains_evaluates_and_survives_the_loss_of_a_process(drawn_data
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["--max-restarts", "1", str(tmp_path / "dying.py"), "--config-file", "configs/quick/demo.yaml"]
     command += ["--resume", *SMALL, *map(str, scaled), "OUTPUT_DIR", str(tmp_path / "output")]
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(drawn_datasets), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(drawn_datasets), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     printed = result.stdout + result.stderr
     assert result.returncode == 0, printed[-5000:]

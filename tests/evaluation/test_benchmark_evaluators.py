@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -72,11 +73,11 @@ def inputs_and_outputs(benchmark):
     return inputs, outputs
 
 
-def run_tool(load_script, benchmark, root, output, *arguments):
+def run_tool(benchmark, root, output, *arguments):
     metrics = output / "tool.json"
     command = [benchmark, "--predictions", output / "detections.txt", "--json", metrics, *arguments]
     command += ["--ground-truth", root / benchmark / ("FDDB-folds" if benchmark == "fddb" else "annotations")]
-    assert load_script("tools/evaluate.py").main([str(argument) for argument in command]) == 0
+    evaluate.main([str(argument) for argument in command])
     return json.loads(metrics.read_text())
 
 
@@ -97,7 +98,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("benchmark", "options", "arguments"), CASES)
-def test_metrics_are_those_of_the_tool(datasets, load_script, tmp_path, caplog, benchmark, options, arguments):
+def test_metrics_are_those_of_the_tool(datasets, tmp_path, caplog, benchmark, options, arguments):
     evaluator = evaluator_of(benchmark, str(tmp_path), setting={"test size": "original"}, **options)
     inputs, outputs = inputs_and_outputs(benchmark)
     with caplog.at_level(logging.INFO):
@@ -111,7 +112,7 @@ def test_metrics_are_those_of_the_tool(datasets, load_script, tmp_path, caplog, 
     metrics = results[benchmark]
     if benchmark == "fddb":
         arguments = [*arguments, "--images", datasets / "fddb" / "originalPics"]
-    again = run_tool(load_script, benchmark, datasets, tmp_path, *arguments)
+    again = run_tool(benchmark, datasets, tmp_path, *arguments)
     saved = json.loads((tmp_path / "results.json").read_text())
     setting = saved.pop("setting")
     assert setting == {"test size": "original", **again.pop("setting")}
@@ -131,7 +132,7 @@ def test_metrics_are_those_of_the_tool(datasets, load_script, tmp_path, caplog, 
     assert (tmp_path / f"{curve}s.npz").is_file()
 
 
-def test_image_sizes_clip(datasets, load_script, tmp_path):
+def test_image_sizes_clip(datasets, tmp_path):
     """With the true sizes the rates differ from those of estimated ones, each as the tool's with and without images."""
     inputs, outputs = inputs_and_outputs("fddb")
     metrics = {}
@@ -142,7 +143,7 @@ def test_image_sizes_clip(datasets, load_script, tmp_path):
         evaluator.process([{key: image[key] for key in keys} for image in inputs], outputs)
         metrics[known] = evaluator.evaluate()["fddb"]
         arguments = ["--images", datasets / "fddb" / "originalPics"] if known else []
-        assert metrics[known] == percents(run_tool(load_script, "fddb", datasets, output, *arguments))
+        assert metrics[known] == percents(run_tool("fddb", datasets, output, *arguments))
         assert ("estimated" in (output / "results.json").read_text()) != known
     assert metrics[True]["cont_tpr@2000"] != metrics[False]["cont_tpr@2000"]
 
@@ -243,7 +244,7 @@ def test_two_processes_give_the_metrics_of_one(datasets, tmp_path):
             assert one.read_bytes() == two.read_bytes()
 
 
-def test_train_net_evaluates_all_three(made_up_benchmarks, load_script, tmp_path):
+def test_train_net_evaluates_all_three(made_up_benchmarks, tmp_path):
     """From the command line, with the weights of an untrained model."""
     config = "configs/quick/demo.yaml"
     cfg = get_cfg()
@@ -270,6 +271,6 @@ def test_train_net_evaluates_all_three(made_up_benchmarks, load_script, tmp_path
         assert saved["setting"]["test size"] == "original"
         assert f"{title} " in printed and f"copypaste: Task: {benchmark}" in printed
         arguments = ["--images", made_up_benchmarks / "fddb" / "originalPics"] if benchmark == "fddb" else []
-        again = run_tool(load_script, benchmark, made_up_benchmarks, output, *arguments)
+        again = run_tool(benchmark, made_up_benchmarks, output, *arguments)
         assert again.pop("setting").items() <= saved.pop("setting").items()
         assert saved == again

@@ -1,3 +1,5 @@
+"""Anchors: Detectron2's for one stride a map, FPN's for a stride a scale, and their order."""
+
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator

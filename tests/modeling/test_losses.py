@@ -1,3 +1,5 @@
+"""Losses of boxes: the paper's gradient, checked numerically, and finite values everywhere."""
+
 import math
 
 import pytest

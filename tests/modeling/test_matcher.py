@@ -1,3 +1,5 @@
+"""The matcher: the same on a matrix and on boxes, and how small regions ignore the anchors near them."""
+
 import pytest
 import torch
 from detectron2.structures import Boxes

@@ -1,3 +1,5 @@
+"""The RPN: its loss is eq. 2, batches, ignore boxes, statistics by scale, and proposals."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""`ops.box_iou`: equal to the slow reference and to torchvision, its range, and its errors."""
+
 import pytest
 import torch
 import torchvision

@@ -1,3 +1,5 @@
+"""`ops.group_subsample`: equal to the slow reference, its quotas, and the distribution of its samples."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""`ops.two_pass_match`: equal to the slow reference, its properties, ties, ignore boxes and edges."""
+
 import math
 
 import pytest

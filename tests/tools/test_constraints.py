@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import install_detectron2
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -56,14 +57,14 @@ def pins(python_version) -> dict[str, str]:
     return found
 
 
-def test_the_requirements_are_those_of_the_commit_that_is_installed(load_script):
-    assert load_script("tools/install_detectron2.py").OFFICIAL_COMMIT == OFFICIAL_COMMIT
+def test_the_requirements_are_those_of_the_commit_that_is_installed():
+    assert install_detectron2.OFFICIAL_COMMIT == OFFICIAL_COMMIT
 
 
 @pytest.mark.parametrize("python_version", PYTHONS)
-def test_pins_are_what_both_detectron2s_allow(load_script, python_version):
+def test_pins_are_what_both_detectron2s_allow(python_version):
     pinned = pins(python_version)
-    requirements = [*OFFICIAL_REQUIREMENTS, *load_script("tools/install_detectron2.py").SDIST_REQUIREMENTS]
+    requirements = [*OFFICIAL_REQUIREMENTS, *install_detectron2.SDIST_REQUIREMENTS]
     requirements += [text for of_one in THEIR_REQUIREMENTS.values() for text in of_one.split()]
     for text in requirements:
         requirement = Requirement(text)

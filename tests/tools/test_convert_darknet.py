@@ -11,23 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from convert_darknet import main
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone, build_model
 
-import gs_d2.modeling  # noqa: F401
 from gs_d2.config import add_gs_config
+from gs_d2.conversion.darknet import convert_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEM = 4  # an eighth of the published nets' width
 HEADER = struct.pack("<3iq", 0, 2, 0, 32013312)
 
 
-@pytest.fixture(scope="module")
-def tool(load_script):
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield load_script("tools/convert_darknet.py")
+    yield
     torch.set_num_threads(num_threads)
 
 
@@ -110,8 +111,9 @@ def assert_same(found, expected):
         assert (value - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
 
 
-def convert(tool, source, target):
-    return tool.main([str(source), "--output", str(target), "--stem-channels", str(STEM)])
+@pytest.fixture
+def convert(run_command):
+    return lambda source, target: run_command(main, source, "--output", target, "--stem-channels", STEM)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +121,12 @@ def convert(tool, source, target):
     [HEADER, struct.pack("<3iq", 0, 2, 5, 2**40), struct.pack("<3ii", 0, 1, 0, 77)],
     ids=["0.2", "0.2.5", "0.1: a short count"],
 )
-def test_a_detector_computes_darknets_features(tool, tmp_path, capsys, header):
+def test_a_detector_computes_darknets_features(convert, tmp_path, header):
     """From the pixels on, so that range and order of the channels are right in configs/pipelines/yolov3.yaml too."""
     source, target = tmp_path / "x.conv.74", tmp_path / "new folder" / "x.pth"
     write_darknet53(source, header=header)
-    assert convert(tool, source, target) == 0
-    assert "Darknet-53, 260 tensors; left out: nothing" in capsys.readouterr().out
+    status, out, _ = convert(source, target)
+    assert status == 0 and "Darknet-53, 260 tensors; left out: nothing" in out
 
     cfg = load_cfg("MODEL.WEIGHTS", str(target))
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.NORM) == ("RGB", "FrozenBN")
@@ -137,12 +139,14 @@ def test_a_detector_computes_darknets_features(tool, tmp_path, capsys, header):
 
 
 @pytest.mark.parametrize("num_outputs", [18, 255])
-def test_yolov3_brings_its_neck(tool, tmp_path, capsys, num_outputs):
+def test_yolov3_brings_its_neck(convert, tmp_path, num_outputs):
     source, target = tmp_path / "yolov3.weights", tmp_path / "x.pth"
     expected = write_yolov3(source, num_outputs)
-    assert convert(tool, source, target) == 0
-    printed = capsys.readouterr().out
-    assert f"YOLOv3, 360 tensors; left out: the predictions ({num_outputs} channels at each stride)" in printed
+    status, printed, _ = convert(source, target)
+    assert (
+        status == 0
+        and f"YOLOv3, 360 tensors; left out: the predictions ({num_outputs} channels at each stride)" in printed
+    )
     for norm in ("naiveSyncBN", "FrozenBN"):
         backbone = build_backbone(load_cfg("MODEL.FPN.NORM", norm)).eval()
         model = torch.nn.ModuleDict({"backbone": backbone})
@@ -151,24 +155,24 @@ def test_yolov3_brings_its_neck(tool, tmp_path, capsys, num_outputs):
             assert_same(backbone(IMAGE), expected)
 
 
-def test_the_classifier_is_left_out(tool, tmp_path, capsys):
+def test_the_classifier_is_left_out(tmp_path):
     """darknet53.weights is darknet53.conv.74 and a layer of 1000 outputs."""
     file = DarknetFile()
     maps = file.darknet53(IMAGE)
     file.conv(maps["res5"].mean(dim=(2, 3), keepdim=True), 1000, 1, plain=True)
     (tmp_path / "with").write_bytes(file.bytes())
     write_darknet53(tmp_path / "without")
-    _, found, left_out = tool.convert(tmp_path / "with", STEM)
-    assert left_out == "the classifier (1000 classes)"
-    _, expected, _ = tool.convert(tmp_path / "without", STEM)
+    converted = convert_file(tmp_path / "with", STEM)
+    assert converted.left_out == "the classifier (1000 classes)"
+    found, expected = converted.tensors, convert_file(tmp_path / "without", STEM).tensors
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_everything_is_loaded_and_nothing_is_left(tool, tmp_path, capsys):
+def test_everything_is_loaded_and_nothing_is_left(convert, tmp_path):
     """Tensors alone: what loads must not be able to run code. Each name of the file is one of the detector's."""
     source, target = tmp_path / "x.weights", tmp_path / "x.pth"
     write_yolov3(source)
-    assert convert(tool, source, target) == 0
+    assert convert(source, target)[0] == 0
     tensors = torch.load(target, weights_only=True)["model"]
     detector = build_model(load_cfg())
     names = {name for name in detector.state_dict() if name.startswith("backbone.")}
@@ -179,14 +183,16 @@ def test_everything_is_loaded_and_nothing_is_left(tool, tmp_path, capsys):
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_sizes_are_those_of_the_published_files(tool, tmp_path, monkeypatch):
+def test_sizes_are_those_of_the_published_files(tmp_path, monkeypatch):
     """In bytes, with their headers of 20; nothing so large is written here."""
     sizes = {"darknet53.conv.74": 162_482_580, "yolov3.weights": 248_007_048}
     found = {}
     path = tmp_path / "x"
     for name, size in sizes.items():
-        monkeypatch.setattr(tool, "read", lambda path, size=size: np.zeros((size - 20) // 4, dtype="<f4"))
-        found[name] = tool.convert(path)[0], tool.convert(path)[2]
+        zeros = np.zeros((size - 20) // 4, dtype="<f4")
+        monkeypatch.setattr("gs_d2.conversion.darknet.read", lambda path, zeros=zeros: zeros)
+        converted = convert_file(path)
+        found[name] = converted.title, converted.left_out
     assert found == {
         "darknet53.conv.74": ("Darknet-53", ""),
         "yolov3.weights": ("YOLOv3", "the predictions (255 channels at each stride)"),
@@ -194,12 +200,13 @@ def test_sizes_are_those_of_the_published_files(tool, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["darknet53", "yolov3"])
-def test_the_config_printed_is_ours(tool, tmp_path, monkeypatch, capsys, kind):
+def test_the_config_printed_is_ours(tmp_path, monkeypatch, run_command, kind):
     """By default the file is where the config looks for it."""
     monkeypatch.chdir(tmp_path)
     {"darknet53": write_darknet53, "yolov3": write_yolov3}[kind](tmp_path / "in")
-    assert tool.main(["in", "--stem-channels", str(STEM)]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    status, out, _ = run_command(main, "in", "--stem-channels", STEM)
+    assert status == 0
+    printed = yaml.safe_load(out)
     assert Path(printed["MODEL"]["WEIGHTS"]).is_file()
     ours = load_cfg()
     if kind == "yolov3":
@@ -244,26 +251,25 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_file_writes_nothing(tool, tmp_path, capsys, make, message):
+def test_a_wrong_file_writes_nothing(convert, tmp_path, make, message):
     source, target = tmp_path / "in.weights", tmp_path / "folder" / "out.pth"
     make(source)
-    assert convert(tool, source, target) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"convert_darknet: {source}: ")
-    assert message in printed.err and printed.err.count("\n") == 1
+    status, out, err = convert(source, target)
+    assert status == 2 and out == "" and f": error: {source}: " in err
+    assert message in err and err.count("\n") == 1
     assert not target.parent.exists()
 
 
-def test_another_width_is_named(tool, tmp_path, capsys):
+def test_another_width_is_named(tmp_path, run_command):
     write_darknet53(tmp_path / "in")
-    assert tool.main([str(tmp_path / "in"), "--output", str(tmp_path / "out.pth")]) == 2
-    assert "Darknet-53 has 40,620,640" in capsys.readouterr().err
-    assert tool.main([str(tmp_path / "in"), "--stem-channels", "3"]) == 2
-    assert "--stem-channels must be even and at least 2, got 3" in capsys.readouterr().err
+    status, _, err = run_command(main, tmp_path / "in", "--output", tmp_path / "out.pth")
+    assert status == 2 and "Darknet-53 has 40,620,640" in err
+    status, _, err = run_command(main, tmp_path / "in", "--stem-channels", 3)
+    assert status == 2 and "--stem-channels must be even and at least 2, got 3" in err
 
 
-def test_detectron2_knows_such_files_by_their_suffix(tool, tmp_path, capsys):
+def test_detectron2_knows_such_files_by_their_suffix(convert, tmp_path):
     write_darknet53(tmp_path / "in")
-    assert convert(tool, tmp_path / "in", tmp_path / "out.pkl") == 2
-    assert "out.pkl: the file to write must be named .pth" in capsys.readouterr().err
+    status, _, err = convert(tmp_path / "in", tmp_path / "out.pkl")
+    assert status == 2 and "out.pkl: the file to write must be named .pth" in err
     assert not (tmp_path / "out.pkl").exists()

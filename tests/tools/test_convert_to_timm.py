@@ -15,10 +15,11 @@ import pytest
 import timm
 import torch
 import yaml
+from convert_to_timm import main
 from onnx import TensorProto, helper, numpy_helper
 
-from gs_d2.checkpoint import read_weights
 from gs_d2.modeling import TimmBackbone
+from gs_d2.weights import read_weights
 
 # Expansion, channels, repeats, stride of the first (MobileNetV2's Table 2); of EfficientNet-Lite0 also the kernel.
 MOBILENETV2 = [
@@ -33,11 +34,6 @@ MOBILENETV2 = [
 LITE0 = [(1, 16, 1, 3), (6, 24, 2, 3), (6, 40, 2, 5), (6, 80, 3, 3), (6, 112, 3, 5), (6, 192, 4, 5), (6, 320, 1, 3)]
 MAPS = ["stride4", "stride8", "stride16", "stride32"]
 RELU = {"act_layer": "relu"}
-
-
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/convert_to_timm.py")
 
 
 # EfficientNet-Lite0
@@ -83,10 +79,10 @@ def save(path, content):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
-def test_lite0_takes_every_tensor_to_its_place(tool, tmp_path, ending):
+def test_lite0_takes_every_tensor_to_its_place(tmp_path, ending):
     """In the order of the layers, in which timm's names differ from the package's."""
     source, target = save(tmp_path / "in.pth", lite0()), tmp_path / "new folder" / f"out.{ending}"
-    assert tool.main([str(source), "--output", str(target)]) == 0
+    main([str(source), "--output", str(target)])
     found = read_weights(str(target))["model"]
     published = {name: value for name, value in lite0().items() if "num_batches" not in name}
     assert len(lite0()) == 296 and len(found) == len(published) == 247
@@ -162,12 +158,12 @@ def mobilenetv2(extra=True, seed=0, **changes):
 
 
 @pytest.mark.parametrize("extra", [True, False])
-def test_mobilenetv2s_maps_are_those_of_the_graph(tool, tmp_path, capsys, extra):
+def test_mobilenetv2s_maps_are_those_of_the_graph(tmp_path, run_command, extra):
     source, target = tmp_path / "in.onnx", tmp_path / "out.safetensors"
     model = mobilenetv2(extra)
     onnx.save(model, source)
-    assert tool.main([str(source), "--output", str(target)]) == 0
-    assert "# mobilenetv2_100, 102 tensors" in capsys.readouterr().out
+    status, out, _ = run_command(main, source, "--output", target)
+    assert status == 0 and "# mobilenetv2_100, 102 tensors" in out
     image = np.random.default_rng(1).uniform(0, 255, (1, 3, 64, 96)).astype(np.float32)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = session.run(None, {"image": image})
@@ -180,7 +176,7 @@ def test_mobilenetv2s_maps_are_those_of_the_graph(tool, tmp_path, capsys, extra)
 
 
 @pytest.mark.parametrize("kind", ["pth", "onnx"])
-def test_the_config_printed_builds(tool, tmp_path, monkeypatch, capsys, kind):
+def test_the_config_printed_builds(tmp_path, monkeypatch, run_command, kind):
     from detectron2.modeling import build_backbone
 
     from gs_d2.config import load_config
@@ -190,8 +186,9 @@ def test_the_config_printed_builds(tool, tmp_path, monkeypatch, capsys, kind):
     else:
         save(tmp_path / "in.pth", lite0())
     monkeypatch.chdir(tmp_path)
-    assert tool.main([f"in.{kind}"]) == 0
-    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    status, out, _ = run_command(main, f"in.{kind}")
+    assert status == 0
+    (tmp_path / "printed.yaml").write_text(out)
     cfg = load_config(tmp_path / "printed.yaml")
     assert os.path.isfile(cfg.MODEL.GS.TIMM.WEIGHTS) and cfg.MODEL.WEIGHTS == "" and cfg.INPUT.FORMAT == "RGB"
     assert cfg.MODEL.PIXEL_MEAN == [127.5 if kind == "pth" else 0] * 3
@@ -239,8 +236,11 @@ WRONG = {
     "lite0, unknown": (state(_blocks__3___se__weight=torch.ones(2)), "unknown _blocks.3._se.weight"),
     "lite0, shape": (state(_bn0__bias=torch.ones(3)), "of another shape _bn0.bias (3,) instead of (32,)"),
     "lite0, NaN": (state(_bn0__bias=torch.full((32,), torch.nan)), "not finite floating-point numbers _bn0.bias"),
-    "lite0, none": (lambda path: save(path, [1]), "holds no state dict"),
-    "lite0, code": (lambda path: path.write_bytes(pickle.dumps(Hostile(path.parent / "ran"))), "not a file of weights"),
+    "lite0, none": (lambda path: save(path, [1]), "holds no model"),
+    "lite0, code": (
+        lambda path: path.write_bytes(pickle.dumps(Hostile(path.parent / "ran"))),
+        "cannot be read as weights",
+    ),
     "onnx, damaged": (lambda path: path.write_bytes(b"\x08" * 9), "not an ONNX file"),
     "onnx, few": (lambda path: onnx.save(few(), path), "not MobileNetV2: 40 convolutions, and it has 51"),
     "onnx, stride": (
@@ -272,28 +272,27 @@ def few():
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_file_writes_nothing(tool, tmp_path, capsys, case):
+def test_a_wrong_file_writes_nothing(tmp_path, run_command, case):
     write, message = WRONG[case]
     source, target = tmp_path / ("in.onnx" if case.startswith("onnx") else "in.pth"), tmp_path / "out.safetensors"
     write(source)
-    assert tool.main([str(source), "--output", str(target)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("convert_to_timm: ") and str(source) in error and message in error, error
+    status, _, err = run_command(main, source, "--output", target)
+    assert status == 2 and str(source) in err and message in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_names_of_files_are_checked(tool, tmp_path, capsys):
+def test_names_of_files_are_checked(tmp_path, run_command):
     source = save(tmp_path / "in.pth", {})
-    assert tool.main([str(source), "--output", str(tmp_path / "out.pkl")]) == 2
-    assert "must be named .safetensors or .pth" in capsys.readouterr().err
-    assert tool.main([str(tmp_path / "none.onnx")]) == 2
-    assert "none.onnx: no such file" in capsys.readouterr().err
+    status, _, err = run_command(main, source, "--output", tmp_path / "out.pkl")
+    assert status == 2 and "must be named .safetensors or .pth" in err
+    status, _, err = run_command(main, tmp_path / "none.onnx")
+    assert status == 2 and "no such weights" in err and "none.onnx" in err
 
 
 @pytest.mark.parametrize(("package", "ending"), [("timm", "pth"), ("onnx", "onnx"), ("safetensors.torch", "pth")])
-def test_a_missing_package_is_named(tool, tmp_path, monkeypatch, capsys, package, ending):
+def test_a_missing_package_is_named(tmp_path, monkeypatch, run_command, package, ending):
     source = tmp_path / f"in.{ending}"
     onnx.save(mobilenetv2(), source) if ending == "onnx" else save(source, lite0())
     monkeypatch.setitem(sys.modules, package, None)
-    assert tool.main([str(source), "--output", str(tmp_path / "out.safetensors")]) == 2
-    assert f"pip install {package.split('.')[0]}" in capsys.readouterr().err
+    status, _, err = run_command(main, source, "--output", tmp_path / "out.safetensors")
+    assert status == 2 and f"pip install {package.split('.')[0]}" in err

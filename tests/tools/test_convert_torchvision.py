@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from convert_torchvision import main
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone, build_model
@@ -17,16 +18,17 @@ from torchvision.transforms.functional import normalize
 import gs_d2.modeling  # noqa: F401
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import add_gs_config
+from gs_d2.conversion.torchvision import convert, convert_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 YAML_OF = {18: "wider/fpn_finest_sampling_r18.yaml", 50: "Base-WIDER.yaml", 152: "wider/fpn_finest_sampling_r152.yaml"}
 
 
-@pytest.fixture(scope="module")
-def tool(load_script):
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield load_script("tools/convert_torchvision.py")
+    yield
     torch.set_num_threads(num_threads)
 
 
@@ -73,12 +75,12 @@ def torchvision_features(net, image):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("depth", [18, 50])
-def test_a_detector_computes_torchvisions_features(tool, tmp_path, capsys, depth, legacy):
+def test_a_detector_computes_torchvisions_features(tmp_path, run_command, depth, legacy):
     """From the pixels on, so mean, deviation and order of the channels are right in configs/Base-WIDER.yaml too."""
     source, target = tmp_path / "in.pth", tmp_path / "new folder" / "out.pth"
     torch.save(state_dict(depth), source, _use_new_zipfile_serialization=not legacy)
-    assert tool.main([str(source), "--output", str(target)]) == 0
-    assert "left out: fc.weight, fc.bias" in capsys.readouterr().out
+    status, out, _ = run_command(main, source, "--output", target)
+    assert status == 0 and "left out: fc.weight, fc.bias" in out
 
     cfg = load_cfg("MODEL.WEIGHTS", str(target), name=YAML_OF[depth])
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.NORM) == ("RGB", "FrozenBN")
@@ -97,28 +99,31 @@ def test_a_detector_computes_torchvisions_features(tool, tmp_path, capsys, depth
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_everything_is_loaded_and_nothing_is_left(tool, tmp_path, depth):
+def test_everything_is_loaded_and_nothing_is_left(tmp_path, depth):
     """Alone and inside a detector, whose names have a prefix that Detectron2 matches by their ends."""
     path = tmp_path / "x.pth"
-    detected, arrays = tool.convert(state_dict(depth))
-    assert detected == depth
-    tool.write(path, arrays)
+    save(tmp_path / "in.pth", state_dict(depth))
+    converted = convert_file(tmp_path / "in.pth")
+    assert converted.title == f"ResNet-{depth}"
+    converted.save(path)
+    tensors = converted.tensors
     opts = ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256 if depth >= 50 else 64]
     cfg = load_cfg(*opts)
     alone = load_cfg(*opts, "MODEL.BACKBONE.NAME", "build_resnet_backbone")
     for model, prefix in ((build_model(cfg), "backbone.bottom_up."), (build_backbone(alone), "")):
         DetectionCheckpointer(model).load(str(path))
         loaded = {name[len(prefix) :]: x for name, x in model.state_dict().items() if name.startswith(prefix)}
-        assert loaded.keys() == arrays.keys()
-        assert all(torch.equal(loaded[name], torch.from_numpy(arrays[name])) for name in arrays)
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("depth", [18, 50, 152])
-def test_the_config_printed_is_ours(tool, tmp_path, monkeypatch, capsys, depth):
+def test_the_config_printed_is_ours(tmp_path, monkeypatch, run_command, depth):
     """By default the file is where the config of its depth looks for it (Base-WIDER.yaml has Detectron2's own)."""
     monkeypatch.chdir(tmp_path)
-    assert tool.main([save(tmp_path / "in.pth", state_dict(depth))]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    status, out, _ = run_command(main, save(tmp_path / "in.pth", state_dict(depth)))
+    assert status == 0
+    printed = yaml.safe_load(out)
     assert Path(printed["MODEL"]["WEIGHTS"]).is_file()
     ours = load_cfg(name=YAML_OF[depth])
     if depth == 50:
@@ -137,15 +142,15 @@ def test_the_config_printed_is_ours(tool, tmp_path, monkeypatch, capsys, depth):
     ],
     ids=["no fc", "another fc", "double"],
 )
-def test_what_may_differ(tool, change):
-    depth, arrays = tool.convert(state_dict(18, **change))
-    assert depth == 18 and len(arrays) == 100
-    assert {str(array.dtype) for array in arrays.values()} == {"float32"}
+def test_what_may_differ(change):
+    depth, tensors = convert(state_dict(18, **change))
+    assert depth == 18 and len(tensors) == 100
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_files_older_than_batchnorms_counters(tool):
+def test_files_older_than_batchnorms_counters():
     found = {name: value for name, value in state_dict().items() if not name.endswith("num_batches_tracked")}
-    assert tool.convert(found)[1].keys() == tool.convert(state_dict())[1].keys()
+    assert convert(found)[1].keys() == convert(state_dict())[1].keys()
 
 
 def nearly(**changes):
@@ -185,7 +190,7 @@ WRONG = {
         nearly(bn1__bias=torch.zeros(64, dtype=torch.int32)),
         "not finite floating-point numbers bn1.bias",
     ),
-    "sparse": (nearly(bn1__bias=torch.zeros(64).to_sparse()), "not finite floating-point numbers bn1.bias"),
+    "sparse": (nearly(bn1__bias=torch.zeros(64).to_sparse()), "holds no model"),
     "wider": (
         lambda path: save(path, torchvision.models.wide_resnet50_2(weights=None).state_dict()),
         "ResNet-50, the nearest: of another shape layer1.0.conv1.weight (128, 64, 1, 1) instead of (64, 64, 1, 1)",
@@ -196,36 +201,35 @@ WRONG = {
     ),
     "checkpoint": (
         lambda path: save(path, {"state_dict": state_dict(), "epoch": 3}),
-        "holds no state dict: 'state_dict' is dict of 122, not a tensor",
+        "holds no model",
     ),
-    "tensor": (lambda path: save(path, torch.zeros(3)), "holds no state dict, but Tensor of 3"),
-    "nothing": (lambda path: save(path, {}), "holds no state dict, but dict of 0"),
-    "a model": (lambda path: save(path, torch.nn.Linear(2, 2)), "not a file of weights alone"),
-    "hostile": (lambda path: save(path, Hostile(path.with_name("mark"))), "not a file of weights alone"),
+    "tensor": (lambda path: save(path, torch.zeros(3)), "holds no model"),
+    "nothing": (lambda path: save(path, {}), "not a torchvision ResNet: it holds nothing"),
+    "a model": (lambda path: save(path, torch.nn.Linear(2, 2)), "cannot be read as weights"),
+    "hostile": (lambda path: save(path, Hostile(path.with_name("mark"))), "cannot be read as weights"),
     "hostile pickle": (
         lambda path: path.write_bytes(pickle.dumps(Hostile(path.with_name("mark")))),
-        "not a file of weights alone",
+        "cannot be read as weights",
     ),
-    "text": (lambda path: path.write_text("404: Not Found"), "not a file of weights alone"),
-    "empty": (lambda path: path.write_bytes(b""), "not a file of weights alone"),
-    "cut short": (cut_short, "not a file of weights alone"),
-    "no file": (lambda path: None, "no such file"),
-    "a folder": (lambda path: path.mkdir(), "no such file"),
+    "text": (lambda path: path.write_text("404: Not Found"), "cannot be read as weights"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read as weights"),
+    "cut short": (cut_short, "cannot be read as weights"),
+    "no file": (lambda path: None, "no such weights"),
+    "a folder": (lambda path: path.mkdir(), "no such weights"),
 }
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_file_writes_nothing(tool, tmp_path, capsys, make, message):
+def test_a_wrong_file_writes_nothing(tmp_path, run_command, make, message):
     source, target = tmp_path / "in.pth", tmp_path / "folder" / "out.pth"
     make(source)
-    assert tool.main([str(source), "--output", str(target)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"convert_torchvision: {source}: ")
-    assert message in printed.err and printed.err.count("\n") == 1
+    status, out, err = run_command(main, source, "--output", target)
+    assert status == 2 and out == "" and str(source) in err
+    assert message in err and err.count("\n") == 1
     assert not target.parent.exists() and not (tmp_path / "mark").exists()
 
 
-def test_a_failed_write_keeps_what_was_there(tool, tmp_path, capsys, monkeypatch):
+def test_a_failed_write_keeps_what_was_there(tmp_path, run_command, monkeypatch):
     source, target = save(tmp_path / "in.pth", state_dict()), tmp_path / "out.pth"
     target.write_text("as before")
 
@@ -233,15 +237,15 @@ def test_a_failed_write_keeps_what_was_there(tool, tmp_path, capsys, monkeypatch
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tool.torch, "save", dump)
-    assert tool.main([source, "--output", str(target)]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "save", dump)
+    status, _, err = run_command(main, source, "--output", target)
+    assert status == 2 and "No space left on device" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pth"]
     assert target.read_text() == "as before"
 
 
-def test_detectron2_reads_such_files_by_their_suffix(tool, tmp_path, capsys):
+def test_detectron2_reads_such_files_by_their_suffix(tmp_path, run_command):
     source = save(tmp_path / "in.pth", state_dict())
-    assert tool.main([source, "--output", str(tmp_path / "out.pkl")]) == 2
-    assert "out.pkl: Detectron2 reads these weights from a file named .pth only" in capsys.readouterr().err
+    status, _, err = run_command(main, source, "--output", tmp_path / "out.pkl")
+    assert status == 2 and "out.pkl: the file to write must be named .pth" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth"]

@@ -114,7 +114,7 @@ def test_afw_and_pascal(shared_data, tmp_path, benchmark, folder):
 def one_line_error(done, *texts):
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert len(lines) == 1 and lines[0].startswith("evaluate.py: error: ")
     for text in texts:
         assert str(text) in lines[0]
 

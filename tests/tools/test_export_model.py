@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from export_model import main
 from PIL import Image
 from small_detector import Blocks
 from torch import nn
 
 from gs_d2.config import load_config
+from gs_d2.inference.exported import compare, load_exported, matched
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "quick" / "demo.yaml")
 DETECTIONS = 40
@@ -41,11 +43,6 @@ def small_backbone():
     BACKBONE_REGISTRY._do_register(name, lambda cfg, input_shape: Blocks())
     yield
     del BACKBONE_REGISTRY._obj_map[name]
-
-
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/export_model.py")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +78,8 @@ def images():
     return images | {"black": np.zeros((1, 3, 50, 60), np.uint8)}
 
 
-def call(tool, output, opts, *flags, config=QUICK):
-    return tool.main(["--config-file", config, "--output", str(output), *flags, "--opts", *opts])
+def call(output, opts, *flags, config=QUICK):
+    return main(["--config-file", config, "--output", str(output), *flags, *opts])
 
 
 def expected(detector, image):
@@ -90,9 +87,9 @@ def expected(detector, image):
     return torch.cat([faces.pred_boxes.tensor, faces.scores[:, None]], dim=1)
 
 
-def test_the_onnx_file_runs_without_torch(tool, opts, detector, images, tmp_path, capsys):
+def test_the_onnx_file_runs_without_torch(opts, detector, images, tmp_path, capsys):
     path = tmp_path / "folder" / "model.onnx"
-    assert call(tool, path.parent, opts) == 0
+    assert call(path.parent, opts) == 0
     printed = capsys.readouterr().out
     assert "Input: image uint8 [1, 3, height, width]" in printed and "0 found by one alone" in printed
     assert "Outputs: boxes float32 [faces, 4]; scores float32 [faces]" in printed
@@ -106,14 +103,14 @@ def test_the_onnx_file_runs_without_torch(tool, opts, detector, images, tmp_path
         wanted = expected(detector, image)
         boxes, scores = torch.from_numpy(found[f"{name}.boxes"]), torch.from_numpy(found[f"{name}.scores"])
         assert boxes.shape == (len(wanted), 4) and scores.shape == (len(wanted),)
-        assert len(tool.matched(torch.cat([boxes, scores[:, None]], dim=1), wanted)) == len(wanted)
+        assert len(matched(torch.cat([boxes, scores[:, None]], dim=1), wanted)) == len(wanted)
         counts[name] = len(wanted)
     assert counts["black"] == 0 and counts["wide"] == DETECTIONS
 
 
-def test_torchscript_before_nms_of_float_pixels(tool, opts, detector, images, tmp_path, capsys):
+def test_torchscript_before_nms_of_float_pixels(opts, detector, images, tmp_path, capsys):
     path = tmp_path / "model.ts"
-    assert call(tool, path, opts, *("--format", "torchscript", "--nms", "outside", "--input-dtype", "float32")) == 0
+    assert call(path, opts, *("--format", "torchscript", "--nms", "outside", "--input-dtype", "float32")) == 0
     assert "image float32" in capsys.readouterr().out
     facts = {"nms": "", "channels": "", "nms_iou_threshold": ""}
     script = torch.jit.load(str(path), _extra_files=facts)
@@ -126,89 +123,73 @@ def test_torchscript_before_nms_of_float_pixels(tool, opts, detector, images, tm
         assert len(boxes) > DETECTIONS or image.max() == 0 or image.shape[3] == 7
 
 
-def test_the_sample_image_is_compared_in_the_config_s_order_of_channels(tool, opts, tmp_path, monkeypatch, capsys):
+def test_the_sample_image_is_compared_in_the_config_s_order_of_channels(opts, tmp_path, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "sample.png")
     seen = []
-    compare = tool.compare
-    monkeypatch.setattr(tool, "compare", lambda run, graph, images: seen.extend(images) or compare(run, graph, images))
+    monkeypatch.setattr("export_model.compare", lambda run, graph, x: seen.extend(x) or compare(run, graph, x))
     flags = ["--format", "torchscript", "--sample-image", str(tmp_path / "sample.png")]
-    assert call(tool, tmp_path / "model.ts", [*opts, "INPUT.FORMAT", "BGR"], *flags) == 0
+    assert call(tmp_path / "model.ts", [*opts, "INPUT.FORMAT", "BGR"], *flags) == 0
     assert np.array_equal(seen[0][0].transpose(1, 2, 0), pixels[:, :, ::-1])
     assert "4 images (90 x 40, " in capsys.readouterr().out
 
 
-def test_a_file_that_finds_other_faces_fails(tool, opts, tmp_path, monkeypatch, capsys):
-    load = tool.load
-
-    def off_by_a_pixel(path, format):
+def test_a_file_that_finds_other_faces_fails(opts, tmp_path, monkeypatch, capsys):
+    def off_by_a_pixel(path):
         def run(image):
-            boxes, scores = load(path, format)(image)
+            boxes, scores = load_exported(path)(image)
             boxes[:1] += 1
             return boxes, scores
 
         return run
 
-    monkeypatch.setattr(tool, "load", off_by_a_pixel)
-    assert call(tool, tmp_path / "model.ts", opts, "--format", "torchscript") == 1
+    monkeypatch.setattr("export_model.load_exported", off_by_a_pixel)
+    assert call(tmp_path / "model.ts", opts, "--format", "torchscript") == 1
     error = capsys.readouterr().err
     assert "6 faces differ" in error and "only the file: box" in error and "only the model: box" in error
 
 
-def test_matched_pairs_each_face_once(tool):
-    face = torch.tensor([[10.0, 10.0, 20.0, 20.0, 0.9]])
-    moved = [face + torch.tensor([[dx, 0, 0, 0, ds]]) for dx, ds in ((0.005, 0.0), (0.02, 0.0), (0.0, 5e-4))]
-    other = face + 50
-    assert tool.matched(torch.cat([other, face]), torch.cat([moved[0], other])).tolist() == [[0, 1], [1, 0]]
-    assert tool.matched(torch.cat([face, face]), face).tolist() == [[0, 0]]  # found twice: one is alone
-    for wrong in moved[1:]:
-        assert tool.matched(face, wrong).tolist() == []
-    assert tool.matched(face[:0], face).tolist() == tool.matched(face, face[:0]).tolist() == []
-
-
-def refuse(tool, capsys, output, opts, message, *flags, config=QUICK, format="torchscript"):
+def refuse(capsys, output, opts, message, *flags, config=QUICK, format="torchscript"):
     before = {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
-    assert call(tool, output, opts, "--format", format, *flags, config=config) == 2
+    with pytest.raises(SystemExit) as end:
+        call(output, opts, "--format", format, *flags, config=config)
+    assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()} == before
 
 
-def test_wrong_calls_write_nothing(tool, opts, tmp_path, capsys):
+def test_wrong_calls_write_nothing(opts, tmp_path, capsys):
     output = tmp_path / "model.ts"
     output.write_bytes(b"of yesterday")
     pyramid = [*opts, "TEST.GS.PYRAMID", "True"]
-    refuse(tool, capsys, output, pyramid, "set TEST.GS.PYRAMID False")
-    refuse(tool, capsys, output, [*opts, "MODEL.WEIGHTS", str(tmp_path / "none.pth")], "none.pth")
-    refuse(tool, capsys, output, [*opts, "MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 32]]"], "objectness_logits")
-    refuse(tool, capsys, output, opts, "no_such.png", "--sample-image", str(tmp_path / "no_such.png"))
-    refuse(tool, capsys, output, opts, "must end in .onnx", format="onnx")
-    refuse(tool, capsys, output / "model.ts", opts, "model.ts")  # below a file
-    refuse(tool, capsys, output, opts, "no_such.yaml", config=str(tmp_path / "no_such.yaml"))
+    refuse(capsys, output, pyramid, "set TEST.GS.PYRAMID False")
+    refuse(capsys, output, [*opts, "MODEL.WEIGHTS", str(tmp_path / "none.pth")], "none.pth")
+    refuse(capsys, output, [*opts, "MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 32]]"], "objectness_logits")
+    refuse(capsys, output, opts, "no_such.png", "--sample-image", str(tmp_path / "no_such.png"))
+    refuse(capsys, output, opts, "must end in .onnx", format="onnx")
+    refuse(capsys, output / "model.ts", opts, "model.ts")  # below a file
+    refuse(capsys, output, opts, "no_such.yaml", config=str(tmp_path / "no_such.yaml"))
 
 
-def test_two_stages_are_refused(tool, tmp_path, capsys):
+def test_two_stages_are_refused(tmp_path, capsys):
     config = QUICK.replace("demo.yaml", "two_stage.yaml")
     torch.save({"model": build_model(load_config(config)).state_dict()}, tmp_path / "two.pth")
     weights = ["MODEL.WEIGHTS", str(tmp_path / "two.pth")]
-    refuse(tool, capsys, tmp_path / "model.ts", weights, "GroupedFastRCNN cannot be exported", config=config)
+    refuse(capsys, tmp_path / "model.ts", weights, "GroupedFastRCNN cannot be exported", config=config)
 
 
-def test_an_export_that_breaks_off_keeps_the_old_file(tool, opts, tmp_path, monkeypatch, capsys):
-    def half_a_file(graph, dtype):
-        class Script:
-            def save(self, path, **kwargs):
-                Path(path).write_bytes(b"half")
-                raise OSError("no space left on device")
+def test_an_export_that_breaks_off_keeps_the_old_file(opts, tmp_path, monkeypatch, capsys):
+    def half_a_file(script, file, _extra_files):
+        file.write(b"half")
+        raise OSError("no space left on device")
 
-        return Script()
-
-    monkeypatch.setattr(tool, "to_torchscript", half_a_file)
+    monkeypatch.setattr(torch.jit, "save", half_a_file)
     (tmp_path / "model.ts").write_bytes(b"of yesterday")
-    refuse(tool, capsys, tmp_path / "model.ts", opts, "no space left")
+    refuse(capsys, tmp_path / "model.ts", opts, "no space left")
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_missing_packages_are_named(tool, opts, tmp_path, monkeypatch, capsys):
+def test_missing_packages_are_named(opts, tmp_path, monkeypatch, capsys):
     real_import = builtins.__import__
 
     def without_onnxruntime(name, *args, **kwargs):
@@ -218,4 +199,4 @@ def test_missing_packages_are_named(tool, opts, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", without_onnxruntime)
     message = "pip install -c constraints.txt onnx onnxruntime onnxscript"
-    refuse(tool, capsys, tmp_path / "model.onnx", opts, message, format="onnx")
+    refuse(capsys, tmp_path / "model.onnx", opts, message, format="onnx")

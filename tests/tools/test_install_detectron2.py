@@ -14,16 +14,12 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import install_detectron2 as tool
 import pytest
 
 
 @pytest.fixture
-def tool(load_script):
-    return load_script("tools/install_detectron2.py")
-
-
-@pytest.fixture
-def run_main(tool, monkeypatch, capsys):
+def run_main(monkeypatch, capsys):
     """Runs main with replaced parts; returns what was printed and the routes that were tried."""
 
     def run_main(*arguments, versions, why_not="git is not installed", fails=None):
@@ -88,7 +84,7 @@ def test_an_installed_detectron2_that_does_not_import(run_main):
         run_main(versions=[None, None])
 
 
-def test_torch_comes_first(tool, monkeypatch):
+def test_torch_comes_first(monkeypatch):
     def version(name):
         raise tool.metadata.PackageNotFoundError(name)
 
@@ -98,7 +94,7 @@ def test_torch_comes_first(tool, monkeypatch):
         tool.main()
 
 
-def test_version_detection(tool, monkeypatch, capsys):
+def test_version_detection(monkeypatch, capsys):
     answers = {}
     monkeypatch.setattr(tool.subprocess, "run", lambda *args, **kwargs: answers["run"])
     monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: answers["spec"])
@@ -125,7 +121,7 @@ def test_version_detection(tool, monkeypatch, capsys):
     ],
     ids=["answers", "refuses", "refuses silently", "silent", "not executable"],
 )
-def test_reachability(tool, monkeypatch, answer, expected):
+def test_reachability(monkeypatch, answer, expected):
     monkeypatch.setattr(tool.shutil, "which", lambda name: f"/bin/{name}")
 
     def run(command, env, timeout, **kwargs):
@@ -141,7 +137,7 @@ def test_reachability(tool, monkeypatch, answer, expected):
 
 
 @pytest.mark.parametrize(("missing", "cxx"), [("git", None), ("c++", None), ("clang++", "clang++ -O2")])
-def test_a_missing_program_is_named(tool, monkeypatch, missing, cxx):
+def test_a_missing_program_is_named(monkeypatch, missing, cxx):
     monkeypatch.delenv("CXX", raising=False)
     if cxx:
         monkeypatch.setenv("CXX", cxx)
@@ -150,7 +146,7 @@ def test_a_missing_program_is_named(tool, monkeypatch, missing, cxx):
     assert tool.why_not_official() == f"{missing} is not installed"
 
 
-def test_the_official_route_is_pinned(tool, monkeypatch):
+def test_the_official_route_is_pinned(monkeypatch):
     commands = []
 
     def run(command, check):
@@ -194,7 +190,7 @@ def bare_python(tmp_path_factory):
     return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
-def test_nothing_of_the_old_one_stays_behind(tool, bare_python, tmp_path):
+def test_nothing_of_the_old_one_stays_behind(bare_python, tmp_path):
     """The real pip, from 0.5 to the official one and back, and once more over itself."""
     old = wheel_of(tmp_path, "detectron2-cdo", "0.5", {"__init__.py": "", "_C.py": "", "old.py": ""})
     new = wheel_of(tmp_path, "detectron2", "0.6", {"__init__.py": "", "new.py": ""})
@@ -230,7 +226,7 @@ setup(name="detectron2-cdo", version="0.5", packages=find_packages())
 
 
 @pytest.fixture
-def archive(tool, tmp_path, monkeypatch):
+def archive(tmp_path, monkeypatch):
     """An sdist of the right name in the only place that pip may look at; it leaves a mark when any of it runs."""
     marker = tmp_path / "marker"
     source = tmp_path / "detectron2-cdo-0.5"
@@ -251,7 +247,7 @@ def archive(tool, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def installed(tool, monkeypatch):
+def installed(monkeypatch):
     """What pip was told to install; downloads are real."""
     installed = []
     pip = tool.pip
@@ -272,7 +268,7 @@ def installed(tool, monkeypatch):
     return installed
 
 
-def test_an_archive_of_another_hash_is_not_run(tool, archive, installed, capfd):
+def test_an_archive_of_another_hash_is_not_run(archive, installed, capfd):
     assert archive.sha256 != tool.SDIST_SHA256
     with pytest.raises(subprocess.CalledProcessError):
         tool.install_from_index()
@@ -281,7 +277,7 @@ def test_an_archive_of_another_hash_is_not_run(tool, archive, installed, capfd):
     assert installed == []
 
 
-def test_an_archive_of_the_right_hash_is_mended_and_installed(tool, archive, installed, monkeypatch):
+def test_an_archive_of_the_right_hash_is_mended_and_installed(archive, installed, monkeypatch):
     monkeypatch.setattr(tool, "SDIST_SHA256", archive.sha256)
     tool.install_from_index()
     assert archive.marker.exists()
@@ -292,7 +288,7 @@ def test_an_archive_of_the_right_hash_is_mended_and_installed(tool, archive, ins
     assert has_stub
 
 
-def test_mend(tool, tmp_path):
+def test_mend(tmp_path):
     package = tmp_path / "detectron2"
     (package / "data").mkdir(parents=True)
     old = (

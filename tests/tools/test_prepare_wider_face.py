@@ -8,18 +8,25 @@ import zipfile
 
 import pytest
 from PIL import Image
+from prepare_wider_face import main
 
 from gs_d2.data import load_wider_face
+from gs_d2.formats.files import ZipLimits
 
 EVENT = "0--Parade"
 
 
 @pytest.fixture
-def tool(load_script, monkeypatch):
-    """The tool, for a data set of two training images, one validation image and one test image."""
-    tool = load_script("tools/prepare_wider_face.py")
-    monkeypatch.setattr(tool, "SPLITS", {"train": (2, 3), "val": (1, 1), "test": (1, 0)})
-    return tool
+def run(monkeypatch, run_command):
+    """Calls the tool for a data set of two training images, one validation image and one test image."""
+    monkeypatch.setattr("prepare_wider_face.SPLITS", {"train": (2, 3), "val": (1, 1), "test": (1, 0)})
+
+    def run(*arguments):
+        status, out, err = run_command(main, *arguments)
+        assert len(err.strip().splitlines()) == (1 if status else 0) or "%" in err
+        return status, out, err
+
+    return run
 
 
 def jpeg():
@@ -80,15 +87,8 @@ def tree(base):
     return sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file())
 
 
-def run(tool, capsys, *arguments):
-    status = tool.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    assert len(printed.err.strip().splitlines()) == (1 if status else 0) or "%" in printed.err
-    return status, printed.out, printed.err
-
-
-def test_from_zips(tool, downloads, tmp_path, capsys):
-    status, out, _ = run(tool, capsys, downloads, "--output", tmp_path / "data")
+def test_from_zips(run, downloads, tmp_path):
+    status, out, _ = run(downloads, "--output", tmp_path / "data")
     base = tmp_path / "data" / "widerface"
     assert status == 0 and tree(base) == LAYOUT
     assert "wider_face_train: 2 images, 3 boxes: whole" in out
@@ -97,84 +97,84 @@ def test_from_zips(tool, downloads, tmp_path, capsys):
     assert Image.open(record["file_name"]).size == (40, 30)
 
 
-def test_again_changes_nothing(tool, downloads, tmp_path, capsys):
+def test_again_changes_nothing(run, downloads, tmp_path):
     arguments = downloads, "--output", tmp_path / "data"
-    run(tool, capsys, *arguments)
+    run(*arguments)
     image = tmp_path / "data/widerface/WIDER_val/images" / EVENT / "c.jpg"
     os.utime(image, (1, 1))
-    status, out, _ = run(tool, capsys, *arguments)
+    status, out, _ = run(*arguments)
     assert status == 0 and image.stat().st_mtime == 1
     assert "WIDER_val.zip: 0 files unpacked, 1 were there" in out
 
 
-def test_a_half_written_file_is_written_again(tool, downloads, tmp_path, capsys):
+def test_a_half_written_file_is_written_again(run, downloads, tmp_path):
     arguments = downloads, "--output", tmp_path / "data"
-    run(tool, capsys, *arguments)
+    run(*arguments)
     image = tmp_path / "data/widerface/WIDER_val/images" / EVENT / "c.jpg"
     image.write_bytes(jpeg()[:50])
-    assert run(tool, capsys, *arguments)[0] == 0
+    assert run(*arguments)[0] == 0
     assert image.read_bytes() == jpeg()
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_from_folders(tool, downloads, tmp_path, capsys, copy):
-    run(tool, capsys, downloads, "--output", tmp_path / "first")
+def test_from_folders(run, downloads, tmp_path, copy):
+    run(downloads, "--output", tmp_path / "first")
     source, flags = tmp_path / "first" / "widerface", ["--copy"] if copy else []
     for _ in range(2):
-        status, _, _ = run(tool, capsys, source, "--output", tmp_path / "second", *flags)
+        status, _, _ = run(source, "--output", tmp_path / "second", *flags)
         assert status == 0
     target = tmp_path / "second" / "widerface" / "WIDER_train"
     assert target.is_symlink() != copy
     assert (target / "images" / EVENT / "a.jpg").read_bytes() == jpeg()
 
 
-def test_unpacking_does_not_write_into_what_is_linked(tool, downloads, tmp_path, capsys):
-    run(tool, capsys, downloads, "--output", tmp_path / "first")
-    run(tool, capsys, tmp_path / "first", "--output", tmp_path / "second")
+def test_unpacking_does_not_write_into_what_is_linked(run, downloads, tmp_path):
+    run(downloads, "--output", tmp_path / "first")
+    run(tmp_path / "first", "--output", tmp_path / "second")
     image = tmp_path / "first/widerface/WIDER_val/images" / EVENT / "c.jpg"
     image.write_bytes(b"mine")
-    run(tool, capsys, downloads, "--output", tmp_path / "second")
+    run(downloads, "--output", tmp_path / "second")
     assert image.read_bytes() == b"mine"
 
 
-def test_zips_inside_the_layout_are_found(tool, downloads, tmp_path, capsys):
+def test_zips_inside_the_layout_are_found(run, downloads, tmp_path):
     (tmp_path / "data").mkdir()
     downloads.rename(tmp_path / "data" / "widerface")
-    assert run(tool, capsys, "--output", tmp_path / "data")[0] == 0
+    assert run("--output", tmp_path / "data")[0] == 0
 
 
-def test_what_is_missing_is_said(tool, downloads, tmp_path, capsys):
+def test_what_is_missing_is_said(run, downloads, tmp_path):
     (downloads / "eval_tools.zip").unlink()
     (downloads / "WIDER_val.zip").unlink()
-    status, out, err = run(tool, capsys, downloads, "--output", tmp_path)
+    status, out, err = run(downloads, "--output", tmp_path)
     assert status == 2
     assert "val: 1 of 1 images missing, first WIDER_val/images/0--Parade/c.jpg (from WIDER_val.zip)" in err
     assert "ground_truth: no wider_face_val.mat, " in err and "(from eval_tools.zip)" in err
     assert "http://shuoyang1213.me/WIDERFACE/" in out
-    assert run(tool, capsys, "--check-only", "--splits", "train", "--output", tmp_path)[0] == 0
+    assert run("--check-only", "--splits", "train", "--output", tmp_path)[0] == 0
 
 
-def test_check_only_changes_nothing(tool, downloads, tmp_path, capsys):
-    status, out, err = run(tool, capsys, downloads, "--check-only", "--output", tmp_path / "data")
+def test_check_only_changes_nothing(run, downloads, tmp_path):
+    status, out, err = run(downloads, "--check-only", "--output", tmp_path / "data")
     assert status == 2 and not (tmp_path / "data").exists()
     assert "no wider_face_train_bbx_gt.txt (from wider_face_split.zip)" in err and "PAGE" not in out
 
 
-def test_images_are_read_to_their_end_on_demand(tool, downloads, tmp_path, capsys):
+def test_images_are_read_to_their_end_on_demand(run, run_command, downloads, tmp_path):
     arguments = downloads, "--output", tmp_path / "data"
-    assert run(tool, capsys, *arguments, "--read-images")[0] == 0
+    assert run(*arguments, "--read-images")[0] == 0
     image = tmp_path / "data/widerface/WIDER_train/images" / EVENT / "b.jpg"
     image.write_bytes(image.read_bytes()[:-100])
-    assert tool.main([*map(str, arguments[1:]), "--check-only"]) == 0
-    assert tool.main([*map(str, arguments[1:]), "--check-only", "--read-images"]) == 2
-    err = capsys.readouterr().err
+    assert run_command(main, *arguments[1:], "--check-only")[0] == 0
+    status, _, err = run_command(main, *arguments[1:], "--check-only", "--read-images")
+    assert status == 2
     assert f"{image}: cannot be read as an image" in err
     assert f"train: 1 images cannot be read, first WIDER_train/images/{EVENT}/b.jpg" in err
 
 
-def test_another_list_is_noticed(tool, downloads, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tool, "SPLITS", {"train": (2, 4), "val": (3226, 1), "test": (1, 0)})
-    status, _, err = run(tool, capsys, downloads, "--output", tmp_path)
+def test_another_list_is_noticed(run, downloads, tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare_wider_face.SPLITS", {"train": (2, 4), "val": (3226, 1), "test": (1, 0)})
+    status, _, err = run(downloads, "--output", tmp_path)
     assert status == 2
     assert "wider_face_train_bbx_gt.txt has 3 boxes, the official one 4" in err
     assert "wider_face_val_bbx_gt.txt has 1 images, the official one 3,226" in err
@@ -184,9 +184,9 @@ def test_another_list_is_noticed(tool, downloads, tmp_path, capsys, monkeypatch)
     "name",
     ["../WIDER_val/images/x.jpg", "/WIDER_val/images/x.jpg", "WIDER_val/../../x.jpg", "C:/WIDER_val/images/x.jpg"],
 )
-def test_paths_that_leave_the_archive(tool, tmp_path, capsys, name):
+def test_paths_that_leave_the_archive(run, tmp_path, name):
     archive = write_zip(tmp_path / "WIDER_val.zip", {name: jpeg(), f"WIDER_val/images/{EVENT}/c.jpg": jpeg()})
-    status, _, err = run(tool, capsys, archive, "--output", tmp_path / "data")
+    status, _, err = run(archive, "--output", tmp_path / "data")
     assert status == 2 and "which leaves the archive; refused" in err
     assert not (tmp_path / "data").exists()
 
@@ -222,22 +222,21 @@ def bomb(path):
     ],
     ids=["link", "damaged", "bomb", "html", "other", "absent"],
 )
-def test_zips_that_are_refused(tool, tmp_path, capsys, monkeypatch, make, message):
+def test_zips_that_are_refused(run, tmp_path, monkeypatch, make, message):
     if make is bomb:
-        monkeypatch.setattr(tool, "LIMITS", tool.ZipLimits(total_bytes=2999))
+        monkeypatch.setattr("prepare_wider_face.LIMITS", ZipLimits(total_bytes=2999))
     archive = tmp_path / "WIDER_val.zip"
     make(archive)
-    status, _, err = run(tool, capsys, archive, "--output", tmp_path / "data")
+    status, _, err = run(archive, "--output", tmp_path / "data")
     assert status == 2
     assert re.search(message, err), err
     assert not list((tmp_path / "data").rglob("*.jpg"))
 
 
-def test_the_official_lists(load_script, shared_data, tmp_path, capsys):
+def test_the_official_lists(run_command, shared_data, tmp_path):
     """Without images: the lists and their counts are the official ones, and only images are missing."""
-    tool = load_script("tools/prepare_wider_face.py")
     source = shared_data / "wider_face"
-    status, out, err = run(tool, capsys, source, "--output", tmp_path)
+    status, out, err = run_command(main, source, "--output", tmp_path)
     assert status == 2
     assert "12,880 of 12,880 images missing" in err and "3,226 of 3,226 images missing" in err
     assert "the official one" not in err and "ground_truth: whole" in out

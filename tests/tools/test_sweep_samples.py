@@ -1,22 +1,23 @@
-"""sweep_samples.py: its commands are train_net.py's, it resumes, and it draws what is finished."""
+"""sweep_samples.py: its commands are train_net.py's, it resumes, and it shows what is finished."""
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 from PIL import Image
+from sweep_samples import main
 
+from gs_d2.analysis.sweep import read_results
 from gs_d2.config import add_gs_config, check_config
 
-
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/sweep_samples.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(command):
@@ -33,9 +34,9 @@ def commands_of(script):
     return [shlex.split(line) for line in script.read_text().splitlines() if "train_net.py" in line]
 
 
-def test_fig_6_is_fifteen_runs_that_parse(tool, tmp_path, capsys):
-    tool.main(["prepare", "--output", str(tmp_path), "--num-gpus", "8"])
-    assert "15 runs, 0 finished" in capsys.readouterr().out
+def test_fig_6_is_fifteen_runs_that_parse(tmp_path, run_command):
+    _, out, _ = run_command(main, "prepare", "--output", tmp_path, "--num-gpus", 8)
+    assert "15 runs, 0 finished" in out
     commands = commands_of(tmp_path / "run.sh")
     seen = set()
     for command in commands:
@@ -58,14 +59,13 @@ def test_fig_6_is_fifteen_runs_that_parse(tool, tmp_path, capsys):
     assert len({output for *_, output in seen}) == 15
 
 
-QUICK = ["--configs", "configs/quick/demo.yaml", "--values", "32", "64", "--seeds", "3", "4"]
+QUICK = ["--config-file", str(ROOT / "configs/quick/demo.yaml"), "--values", "32", "64", "--seeds", "3", "4"]
 
 
-def test_what_can_be_overridden(tool, tmp_path, monkeypatch):
-    monkeypatch.chdir(tool.ROOT)
+def test_what_can_be_overridden(tmp_path):
     output = tmp_path / "it's a sweep"
     opts = ["SOLVER.MAX_ITER", "5", "DATASETS.TEST", "('a', 'b')", "INPUT.GS.SCALES", "[0.5, 1.0]"]
-    tool.main(["prepare", *QUICK, "--output", str(output), "--", *opts])
+    main(["prepare", *QUICK, "--output", str(output), "--", *opts])
     runs = [parse(command)[1] for command in commands_of(output / "run.sh")]
     assert [(cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, cfg.SEED) for cfg in runs] == [(32, 3), (32, 4), (64, 3), (64, 4)]
     for cfg in runs:
@@ -76,7 +76,7 @@ def test_what_can_be_overridden(tool, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fake_training(tool, tmp_path, monkeypatch):
+def fake_training(tmp_path, monkeypatch):
     """Replaces train_net.py by a script that notes its output folder, writes results, and can be told to fail."""
     script = tmp_path / "train_net.py"
     script.write_text(
@@ -89,27 +89,27 @@ def fake_training(tool, tmp_path, monkeypatch):
         "n, seed = map(int, output.name[1:].split('_seed'))\n"
         "(folder / 'results.json').write_text(json.dumps({'all': (n + seed) / 100}))\n"
     )
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr("sweep_samples.TRAIN_NET", script)
     return lambda: (tmp_path / "calls").read_text().split()
 
 
-def test_run_resumes(tool, tmp_path, fake_training, capfd, monkeypatch):
-    monkeypatch.chdir(tool.CONFIGS[0].rpartition("/configs/")[0])
+def test_run_resumes(tmp_path, fake_training, capfd):
     command = ["prepare", *QUICK, "--output", str(tmp_path / "sweep"), "--run"]
     (tmp_path / "fail").touch()
-    with pytest.raises(SystemExit, match="sweep_samples: a run failed, its messages are above"):
-        tool.main(command)
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 2 and "error: a run failed, its messages are above" in capfd.readouterr().err
     assert fake_training() == ["n32_seed3", "n32_seed4", "n64_seed3"]
     (tmp_path / "fail").unlink()
     capfd.readouterr()
-    tool.main(command)
+    main(command)
     assert fake_training() == ["n32_seed3", "n32_seed4", "n64_seed3", "n64_seed3", "n64_seed4"]
     printed = capfd.readouterr().out
     assert "4 runs, 2 finished" in printed
     assert "[2/4] demo, N = 32, seed 4: finished" in printed
     assert "[3/4] demo, N = 64, seed 3\n" in printed
 
-    tool.main(["plot", "--output", str(tmp_path / "sweep")])
+    main(["plot", "--input", str(tmp_path / "sweep")])
     assert "demo  35.50 ± 0.71 (2)  67.50 ± 0.71 (2)" in capfd.readouterr().out
 
 
@@ -120,7 +120,7 @@ def write_results(folder, ap, dataset="wider_face_val"):
     return path
 
 
-def test_plot(tool, tmp_path, capsys):
+def test_plot(tmp_path, run_command):
     for name, value, seed, ap in (
         ("fpn", 2048, 1, 0.80),
         ("fpn", 256, 1, 0.82),
@@ -132,15 +132,16 @@ def test_plot(tool, tmp_path, capsys):
         write_results(tmp_path / name / f"n{value}_seed{seed}", ap)
     write_results(tmp_path / "fpn" / "n512_seed1", 0.1, dataset="fddb")
     write_results(tmp_path / "fpn" / "n512_seed1_old", 0.1)
-    found = tool.read_results(tmp_path, "wider_face_val")
+    found = read_results(tmp_path, "wider_face_val")
     assert {name: list(by_value) for name, by_value in found.items()} == {
         "fpn": [256, 2048],
         "fpn_finest_sampling": [256, 1024],
     }
     assert sorted(found["fpn_finest_sampling"][256]) == pytest.approx([80, 81, 82])
 
-    tool.main(["plot", "--output", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    status, out, _ = run_command(main, "plot", "--input", tmp_path)
+    assert status == 0
+    lines = out.splitlines()
     assert lines[1].split() == ["256", "1024", "2048"]
     assert lines[3].split() == ["fpn", "82.00", "-", "80.00"]
     assert lines[4].split() == ["fpn_finest_sampling", "81.00", "±", "1.00", "(3)", "85.00", "-"]
@@ -149,16 +150,16 @@ def test_plot(tool, tmp_path, capsys):
         assert len(image.convert("RGB").getcolors(10**6)) > 10
 
 
-def test_plot_without_results(tool, tmp_path):
-    arguments = ["plot", "--output", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"^sweep_samples: No finished run in .*: there is no <config>/n<N>_seed"):
-        tool.main(arguments)
+def test_plot_without_results(tmp_path, run_command):
+    def refused(message):
+        status, _, err = run_command(main, "plot", "--input", tmp_path)
+        assert status == 2 and re.search(f"error: .*{message}", err), err
+
+    refused(r"No finished run in .*: there is no <config>/n<N>_seed")
     path = write_results(tmp_path / "fpn" / "n256_seed1", None)
-    with pytest.raises(SystemExit, match=r"results\.json: not the results of a WIDER FACE evaluation"):
-        tool.main(arguments)
+    refused(r"results\.json: not the results of a WIDER FACE evaluation")
     path.write_text('{"all"')
-    with pytest.raises(SystemExit, match=r"results\.json: not the results of a WIDER FACE evaluation"):
-        tool.main(arguments)
+    refused(r"results\.json: not the results of a WIDER FACE evaluation")
     assert not (tmp_path / "sweep.png").exists()
 
 
@@ -171,20 +172,20 @@ def test_plot_without_results(tool, tmp_path):
         (["--", "SOLVER.MAX_ITERS", "3"], "Non-existent key: SOLVER.MAX_ITERS"),
         (["--", "SOLVER.MAX_ITER"], "has odd length"),
         (["--", "MODEL.RPN.NMS_THRESH", "0.7"], "MODEL.RPN.NMS_THRESH is Detectron2's default 0.7"),
-        (["--configs", "none.yaml"], "none.yaml"),
+        (["--config-file", "none.yaml"], "none.yaml"),
     ],
 )
-def test_what_cannot_be_prepared(tool, tmp_path, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        tool.main(["prepare", "--output", str(tmp_path), *arguments])
+def test_what_cannot_be_prepared(tmp_path, run_command, arguments, message):
+    status, _, err = run_command(main, "prepare", "--output", tmp_path, *arguments)
+    assert status == 2 and re.search(message, err), err
     assert not (tmp_path / "run.sh").exists()
 
 
 @pytest.mark.slow
-def test_real_runs(tool, tmp_path, drawn_datasets):
+def test_real_runs(tmp_path, drawn_datasets):
     """Two iterations each, at N = 256 too; the second start finds everything finished."""
-    command = [sys.executable, str(tool.ROOT / "tools" / "sweep_samples.py"), "prepare", "--run", "--configs"]
-    command += [str(tool.ROOT / "configs" / "quick" / "demo.yaml"), "--values", "64", "256", "--output", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tools" / "sweep_samples.py"), "prepare", "--run", "--config-file"]
+    command += [str(ROOT / "configs" / "quick" / "demo.yaml"), "--values", "64", "256", "--output", str(tmp_path)]
     command += "-- SOLVER.MAX_ITER 2 SOLVER.STEPS (1,) SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0".split()
     environment = {**os.environ, "DETECTRON2_DATASETS": str(drawn_datasets), "OMP_NUM_THREADS": "1"}
     for finished in (0, 2):
@@ -192,4 +193,4 @@ def test_real_runs(tool, tmp_path, drawn_datasets):
         assert result.returncode == 0, result.stderr[-3000:]
         assert f"2 runs, {finished} finished" in result.stdout
         assert result.stdout.count(": finished") == finished
-    assert list(tool.read_results(tmp_path, "wider_face_val")["demo"]) == [64, 256]
+    assert list(read_results(tmp_path, "wider_face_val")["demo"]) == [64, 256]

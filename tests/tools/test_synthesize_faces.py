@@ -1,20 +1,16 @@
-"""The drawn data set: the same for one seed, complete, and what the readers of WIDER FACE expect."""
+"""The generated data set: the same for one seed, complete, and what the readers of WIDER FACE expect."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from PIL import Image
+from synthesize_faces import main
 
-from gs_d2.data import load_wider_face
+from gs_d2.data import generated_faces, load_wider_face
 from gs_d2.evaluation import WiderGroundTruth
 
 SUBSETS = ("easy", "medium", "hard", "all")
-
-
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/synthesize_faces.py")
 
 
 def records(root, split):
@@ -28,18 +24,18 @@ def contents(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_one_seed_gives_one_data_set(tool, drawn_datasets, tmp_path):
-    tool.synthesize(tmp_path / "again", {"train": 6, "val": 4}, (128, 96), seed=0)
+def test_one_seed_gives_one_data_set(drawn_datasets, tmp_path):
+    generated_faces.synthesize(tmp_path / "again", {"train": 6, "val": 4}, (128, 96), seed=0)
     again, first = contents(tmp_path / "again"), contents(drawn_datasets)
     assert set(again) == set(first) and len(first) == 10 + 2 + 4
     assert [name for name in first if first[name] != again[name]] == []
-    tool.synthesize(tmp_path / "other", {"train": 6, "val": 4}, (128, 96), seed=1)
+    generated_faces.synthesize(tmp_path / "other", {"train": 6, "val": 4}, (128, 96), seed=1)
     other = contents(tmp_path / "other")
     assert [name for name in first if name.endswith((".jpg", ".txt")) and first[name] == other[name]] == []
 
 
-def test_more_images_keep_the_first_ones(tool, drawn_datasets, tmp_path):
-    tool.synthesize(tmp_path, {"train": 2}, (128, 96), seed=0)
+def test_more_images_keep_the_first_ones(drawn_datasets, tmp_path):
+    generated_faces.synthesize(tmp_path, {"train": 2}, (128, 96), seed=0)
     images = {name: content for name, content in contents(tmp_path).items() if name.endswith(".jpg")}
     first = contents(drawn_datasets)
     assert len(images) == 2 and all(first[name] == content for name, content in images.items())
@@ -61,9 +57,12 @@ def test_boxes_lie_within_their_images(drawn_datasets, split, count):
         assert not record["gt_ignore"].any()
 
 
-def test_faces_of_every_scale_are_drawn(tool):
+def test_faces_of_every_scale_are_drawn():
     boxes = np.concatenate(
-        [tool.draw_scene(np.random.default_rng([0, i]), (384, 288), crowded=i % 4 == 0)[1] for i in range(24)]
+        [
+            generated_faces.draw_scene(np.random.default_rng([0, i]), (384, 288), crowded=i % 4 == 0)[1]
+            for i in range(24)
+        ]
     )
     scales = np.sqrt(boxes[:, 2] * boxes[:, 3])
     for low, high in ((0, 12), (12, 24), (24, 48), (48, 96), (96, 170)):
@@ -71,13 +70,15 @@ def test_faces_of_every_scale_are_drawn(tool):
     assert scales.max() < 165
 
 
-def test_faces_are_where_the_boxes_say(tool):
+def test_faces_are_where_the_boxes_say():
     """The same scene with and without a face differs in its box and nowhere else."""
     plain = Image.new("RGB", (300, 300), (10, 200, 10))
     drawn = plain.copy()
-    tool.draw_face(np.random.default_rng(0), drawn, 20, 30, 40, 52)  # pixels of the image, a third of the canvas's
+    generated_faces.draw_face(
+        np.random.default_rng(0), drawn, 20, 30, 40, 52
+    )  # pixels of the image, a third of the canvas's
     rows, columns = np.nonzero((np.asarray(drawn) != np.asarray(plain)).any(axis=2))
-    found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / tool.SUPERSAMPLING
+    found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / generated_faces.SUPERSAMPLING
     np.testing.assert_allclose(found, [20, 30, 60, 82], atol=0.7)
 
 
@@ -96,22 +97,27 @@ def test_ground_truth_is_read_and_nested(drawn_datasets):
     assert 0 < truth.subsets["easy"].sum() < len(truth.boxes)
 
 
-def test_one_validation_image_is_enough(tool, tmp_path):
+def test_one_validation_image_is_enough(tmp_path):
     """One event is then without images."""
-    tool.synthesize(tmp_path, {"val": 1}, (96, 96), seed=0)
+    generated_faces.synthesize(tmp_path, {"val": 1}, (96, 96), seed=0)
     truth = WiderGroundTruth.from_mat_files(tmp_path / "widerface" / "ground_truth")
     assert truth.image_ids == [record["image_id"] for record in records(tmp_path, "val")]
 
 
-def test_images_too_small_for_any_face(tool, tmp_path):
-    tool.synthesize(tmp_path, {"train": 2}, (8, 8), seed=0)
+def test_images_too_small_for_any_face(tmp_path):
+    generated_faces.synthesize(tmp_path, {"train": 2}, (8, 8), seed=0)
     assert [len(record["gt_boxes"]) for record in records(tmp_path, "train")] == [0, 0]
 
 
-def test_command_line(tool, tmp_path, monkeypatch):
-    command = f"synthesize_faces.py --output {tmp_path} --train 1 --val 1 --size 64 48 --seed 3"
-    monkeypatch.setattr("sys.argv", command.split())
-    tool.main()
+def test_command_line(tmp_path, run_command):
+    command = f"--output {tmp_path} --train 1 --val 1 --seed 3 --size"
+    assert run_command(main, *command.split(), 48, 64)[0] == 0
     (record,) = records(tmp_path, "train")
     with Image.open(record["file_name"]) as image:
         assert image.size == (64, 48)
+
+
+@pytest.mark.parametrize("wrong", [["--train", "-1"], ["--size", "0", "64"], ["--seed", "-1"]])
+def test_a_wrong_number(tmp_path, run_command, wrong):
+    status, _, err = run_command(main, "--output", tmp_path / "out", *wrong)
+    assert status == 2 and "--size at least 1" in err and not list(tmp_path.iterdir())

@@ -1,19 +1,19 @@
 """visualize_results.py: who is found, and a picture for each image."""
 
+import re
+
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from visualize_results import main
 
+from gs_d2.analysis.hits import match_detections
 from gs_d2.data import register_face_eval, register_fddb, register_wider_face
 from gs_d2.evaluation import write_wider_predictions
+from gs_d2.visualization import FALSE_ALARM, HIT, MISS, draw
 
 NAME = "test_visualize_results"
-
-
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/visualize_results.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +38,8 @@ def predictions(records, tmp_path):
     return tmp_path / "predictions"
 
 
-def test_matches_are_one_to_one(tool):
-    faces = np.array([[0.0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 60, 60]])
-    detections = np.array([[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 5], [21, 6, 30, 10], [50, 50, 60, 54.9]])
-    found, hits = tool.match(faces, detections)
-    assert found.tolist() == [True, True, False]
-    assert hits.tolist() == [True, False, True, False, False]
-    for some_faces, some_detections in ((3, 0), (0, 4), (0, 0)):
-        found, hits = tool.match(faces[:some_faces], detections[:some_detections])
-        assert found.tolist() == [False] * some_faces and hits.tolist() == [False] * some_detections
-
-
-def run_tool(tool, monkeypatch, predictions, output, *arguments):
-    command = ["--dataset", NAME, "--predictions", str(predictions), "--output", str(output), *arguments]
-    monkeypatch.setattr("sys.argv", ["visualize_results.py", *command])
-    tool.main()
+def run_tool(predictions, output, *arguments):
+    main(["--dataset", NAME, "--predictions", str(predictions), "--output", str(output), *arguments])
     return sorted(path.name for path in output.iterdir())
 
 
@@ -60,8 +47,8 @@ def colour_count(image, colour):
     return int((np.abs(np.asarray(image, dtype=int) - colour).max(axis=2) < 60).sum())
 
 
-def test_a_picture_for_each_image(tool, records, predictions, tmp_path, monkeypatch):
-    written = run_tool(tool, monkeypatch, predictions, tmp_path / "out")
+def test_a_picture_for_each_image(records, predictions, tmp_path):
+    written = run_tool(predictions, tmp_path / "out")
     assert written == sorted(record["image_id"].split("/")[1] + ".jpg" for record in records)
     for record in records:
         with Image.open(tmp_path / "out" / (record["image_id"].split("/")[1] + ".jpg")) as picture:
@@ -69,25 +56,25 @@ def test_a_picture_for_each_image(tool, records, predictions, tmp_path, monkeypa
             assert picture.mode == "RGB"
 
 
-def test_colours_tell_hits_from_misses(tool, records, tmp_path):
+def test_colours_tell_hits_from_misses(records, tmp_path):
     record = max(records, key=lambda r: len(r["gt_boxes"]))
     grey = Image.new("RGB", (128, 96), (90, 90, 90))
     boxes = record["gt_boxes"]
-    for colour in (tool.HIT, tool.MISS, tool.FALSE_ALARM):
-        drawn = tool.draw(grey, boxes, [colour] * len(boxes))
+    for colour in (HIT, MISS, FALSE_ALARM):
+        drawn = draw(grey, boxes, [colour] * len(boxes))
         assert colour_count(drawn, colour) > 0
         assert colour_count(grey, colour) == 0, "the image itself stays as it was"
     # Boxes without area, which the official lists have, are left out.
-    assert tool.draw(grey, np.array([[5.0, 5, 5, 20], [9, 9, 7, 32]]), [tool.HIT] * 2) == grey
+    assert draw(grey, np.array([[5.0, 5, 5, 20], [9, 9, 7, 32]]), [HIT] * 2) == grey
 
 
-def test_how_many(tool, predictions, tmp_path, monkeypatch):
-    assert len(run_tool(tool, monkeypatch, predictions, tmp_path / "two", "--num-images", "2")) == 2
-    assert len(run_tool(tool, monkeypatch, predictions, tmp_path / "all", "--num-images", "0")) == 4
+def test_how_many(predictions, tmp_path):
+    assert len(run_tool(predictions, tmp_path / "two", "--num-images", "2")) == 2
+    assert len(run_tool(predictions, tmp_path / "all", "--num-images", "0")) == 4
 
 
 @pytest.mark.parametrize("case", ["no folder", "empty folder", "garbled"])
-def test_predictions_that_cannot_be_read(tool, records, tmp_path, monkeypatch, case):
+def test_predictions_that_cannot_be_read(records, tmp_path, capsys, case):
     folder = tmp_path / "predictions"
     message = "no such file or folder"
     if case == "empty folder":
@@ -98,20 +85,18 @@ def test_predictions_that_cannot_be_read(tool, records, tmp_path, monkeypatch, c
         file.parent.mkdir(parents=True)
         file.write_text("x\n1\n1 2 3 four 0.5\n")
         message = "line 3: not a number"
-    with pytest.raises(SystemExit, match=f"^visualize_results: .*{message}"):
-        run_tool(tool, monkeypatch, folder, tmp_path / "out")
+    with pytest.raises(SystemExit) as end:
+        run_tool(folder, tmp_path / "out")
+    assert end.value.code == 2 and re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
-def test_an_unknown_data_set(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["visualize_results.py", "--dataset", "faces", "--predictions", str(tmp_path), "--output", "x"]
-    )
-    with pytest.raises(SystemExit, match=r"^visualize_results: .*faces.* is not registered"):
-        tool.main()
+def test_an_unknown_data_set(tmp_path, run_command):
+    status, _, err = run_command(main, "--dataset", "faces", "--predictions", tmp_path, "--output", "x")
+    assert status == 2 and re.search(r"error: .*faces.* is not registered", err)
 
 
 @pytest.mark.parametrize("benchmark", ["fddb", "fddb ellipses", "afw"])
-def test_other_benchmarks(tool, made_up_benchmarks, tmp_path, monkeypatch, benchmark):
+def test_other_benchmarks(made_up_benchmarks, tmp_path, monkeypatch, benchmark):
     """Their own result files, with every face found, as pictures whose names do not hide each other."""
     name = f"{NAME}_2"
     if benchmark == "afw":
@@ -129,9 +114,12 @@ def test_other_benchmarks(tool, made_up_benchmarks, tmp_path, monkeypatch, bench
                 rows = [" ".join(map(str, [*ellipse, 0.9])) for ellipse in record["gt_ellipses"]]
             lines += [record["image_id"], str(len(rows)), *rows]
         (tmp_path / "detections.txt").write_text("\n".join(lines) + "\n")
-        matches, match = [], tool.match
-        monkeypatch.setattr(tool, "match", lambda *boxes: matches.append(match(*boxes)) or matches[-1])
-        written = run_tool(tool, monkeypatch, tmp_path / "detections.txt", tmp_path / "out", "--dataset", name)
+        matches = []
+        monkeypatch.setattr(
+            "visualize_results.match_detections",
+            lambda *boxes: matches.append(match_detections(*boxes)) or matches[-1],
+        )
+        written = run_tool(tmp_path / "detections.txt", tmp_path / "out", "--dataset", name)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -11,10 +11,11 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import ps_roi_align, ps_roi_pool
 
-from gs_d2.modeling.roi_heads import GroupedHeads, boxes_of_rows
+from gs_d2.modeling.roi_heads import GroupedHeads
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -81,9 +82,9 @@ class PositionSensitiveROIHeads(GroupedHeads):
             "cls_agnostic_bbox_reg": head.CLS_AGNOSTIC_BBOX_REG,
         }
 
-    def _predict(self, maps: list[Tensor], boxes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, maps: list[Tensor], boxes: list[Boxes]) -> tuple[Tensor, Tensor]:
         hidden = self.conv(maps[0])
-        rois = [x.tensor for x in boxes_of_rows(boxes, rows)]
+        rois = [x.tensor for x in boxes]
         logits, deltas = (self.pool(layer(hidden).float(), rois) for layer in (self.cls_maps, self.delta_maps))
         return logits.mean(dim=(2, 3)), deltas.mean(dim=(2, 3))
 

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from small_pipelines import PIPELINES
 from torchvision.models import resnet50
 
+from gs_d2.conversion.torchvision import convert_file
 from gs_d2.data import load_wider_face
 from gs_d2.inference import PyramidDetector
 
@@ -99,22 +100,23 @@ def test_every_parameter_learns(pipeline, sampling):
 
 
 @pytest.mark.parametrize("pipeline", [p for p in PIPELINES if p.resnet], ids=lambda pipeline: pipeline.name)
-def test_takes_torchvisions_weights(pipeline, load_script, tmp_path):
+def test_takes_torchvisions_weights(pipeline, tmp_path):
     """MODEL.WEIGHTS, a ResNet-50 under Detectron2's names, reaches every array of the backbone's ResNet."""
-    script = load_script("tools/convert_torchvision.py")
     torch.manual_seed(1)
-    _, arrays = script.convert(resnet50(weights=None).state_dict())
-    script.write(tmp_path / "resnet50.pth", arrays)
+    torch.save(resnet50(weights=None).state_dict(), tmp_path / "published.pth")
+    converted = convert_file(tmp_path / "published.pth")
+    converted.save(tmp_path / "resnet50.pth")
+    tensors = converted.tensors
     assert pipeline.cfg(sampling=True, weights=True).MODEL.WEIGHTS.endswith("torchvision/R-50.pkl")
     model = build_model(pipeline.cfg(sampling=True))
     result = DetectionCheckpointer(model).load(str(tmp_path / "resnet50.pth"))
     assert not result.get("unexpected_keys") and not result.get("incorrect_shapes")
     bottom_up = model.backbone.bottom_up if hasattr(model.backbone, "bottom_up") else model.backbone
     loaded = bottom_up.state_dict()
-    assert {name for name in arrays if name.startswith(("stem", "res2", "res3", "res4"))} <= set(loaded)
+    assert {name for name in tensors if name.startswith(("stem", "res2", "res3", "res4"))} <= set(loaded)
     for name, value in loaded.items():
         if not name.endswith("num_batches_tracked"):
-            assert torch.equal(value, torch.from_numpy(arrays[name])), name
+            assert torch.equal(value, tensors[name]), name
 
 
 # Group sampling

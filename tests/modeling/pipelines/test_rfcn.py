@@ -38,7 +38,7 @@ BOXES = torch.tensor(
         [[100.0, 60, 190, 200], [-20, -29, 60, 50], [20, 20, 52, 90], [16, 16, 48, 80]],  # some beyond the map
     ]
 )
-ROWS = torch.tensor([0, 1, 2, 3, 4, 5])
+COUNTS = [4, 2]  # boxes of each image that are scored
 
 
 def features(channels=6):
@@ -76,20 +76,20 @@ def literal_vote(maps, box, k):
 def test_scores_and_deltas_are_votes_of_the_bins(classes, agnostic, num_deltas):
     heads = build("MODEL.ROI_HEADS.NUM_CLASSES", classes, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic)
     with torch.no_grad():
-        logits, deltas = heads._predict([features()], BOXES, ROWS)
+        logits, deltas = heads._predict([features()], [Boxes(x[:n]) for x, n in zip(BOXES, COUNTS, strict=True)])
         hidden = heads.conv(features())
         assert (hidden >= 0).all()
         cls_maps, delta_maps = heads.cls_maps(hidden), heads.delta_maps(hidden)
-    assert logits.shape == (len(ROWS), classes + 1) and deltas.shape == (len(ROWS), num_deltas)
-    for row, image_logits, image_deltas in zip(ROWS.tolist(), logits, deltas, strict=True):
-        image, box = row // BOXES.shape[1], BOXES.view(-1, 4)[row]
+    assert logits.shape == (6, classes + 1) and deltas.shape == (6, num_deltas)
+    rows = [(image, box) for image, n in enumerate(COUNTS) for box in BOXES[image, :n]]
+    for (image, box), image_logits, image_deltas in zip(rows, logits, deltas, strict=True):
         assert torch.allclose(image_logits, literal_vote(cls_maps[image], box, 3), atol=1e-5)
         assert torch.allclose(image_deltas, literal_vote(delta_maps[image], box, 3), atol=1e-5)
 
 
 def test_aligned_pooling_moves_with_the_box():
     """Where the maps rise by 1 a cell, a box further by a quarter of one scores 0.25 more; cells cannot tell."""
-    box = torch.tensor([[[2.0, 5, 98, 120]]])
+    box = torch.tensor([[2.0, 5, 98, 120]])
     moved = box + torch.tensor([1.0, 0, 1, 0])
     ramp = torch.arange(40.0).expand(1, 1, 32, 40)
     rise = {}
@@ -99,7 +99,7 @@ def test_aligned_pooling_moves_with_the_box():
             torch.nn.init.constant_(layer.weight, 1 / layer.in_channels)
             torch.nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            first, second = (heads._predict([ramp], b, torch.tensor([0]))[0][0, 0] for b in (box, moved))
+            first, second = (heads._predict([ramp], [Boxes(b)])[0][0, 0] for b in (box, moved))
         rise[kind] = float(second - first)
     assert rise == {"PSROIPool": pytest.approx(0, abs=1e-4), "PSROIAlign": pytest.approx(0.25, abs=1e-4)}
 
@@ -126,11 +126,11 @@ def test_group_sampling_is_of_the_first_stage_alone(sampling):
 
 @pytest.mark.parametrize(("method", "count"), [("ohem", 7), ("ohem_all", 8)])
 def test_ohem_may_be_turned_on(method, count):
-    """It scores all proposals first: those drawn are the negatives of highest loss, or, as in R-FCN's own, any."""
+    """It scores all proposals first: the samples are the negatives of highest loss, or, as in R-FCN's own, any."""
     heads = build("MODEL.GS.ROI.SAMPLER", method, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8).train()
-    drawn = []
-    draw = heads.group_loss.draw
-    heads.group_loss.draw = lambda *args: drawn.append((args[0], args[2], draw(*args))) or drawn[-1][2]
+    seen = []
+    sample = heads.group_loss.sample
+    heads.group_loss.sample = lambda *args: seen.append((args[0], args[2], sample(*args))) or seen[-1][2]
     corner = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 100
     proposals = [Instances((128, 160), proposal_boxes=Boxes(torch.cat([corner, corner + 24], dim=1)))]
     targets = [Instances((128, 160), gt_boxes=Boxes(BOXES[0, :1]), gt_classes=torch.tensor([0]))]
@@ -138,7 +138,7 @@ def test_ohem_may_be_turned_on(method, count):
         _, losses = heads(None, {"p2": features()[:1]}, proposals, targets)
     sum(losses.values()).backward()
     assert heads.cls_maps.weight.grad.any()
-    ((labels, cls_losses, sampled),) = drawn
+    ((labels, cls_losses, sampled),) = seen
     competing = labels >= 0 if method == "ohem_all" else labels == 0
     taken, left = cls_losses[competing & (sampled >= 0)], cls_losses[competing & (sampled == -1)]
     assert heads.delta_maps.weight.grad.any() == (sampled == 1).any()

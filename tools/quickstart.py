@@ -1,4 +1,4 @@
-"""The whole project on a small scale: draws a data set, trains on the CPU, evaluates, and shows what came out."""
+"""The whole project on a small scale: generates a data set, trains on the CPU, evaluates, and shows what came out."""
 
 import argparse
 import json
@@ -33,12 +33,7 @@ def main():
         "tools/visualize_results.py", "--dataset", "wider_face_val", "--predictions", inference / "predictions",
         "--output", pictures, env=environment,
     )  # fmt: skip
-    run(
-        "tools/sample_distribution.py",
-        output / "metrics.json",
-        "--output",
-        output / "sample_distribution.png",
-    )
+    run("tools/sample_distribution.py", output / "metrics.json", "--output", output / "sample_distribution.png")
 
     results = json.loads((inference / "results.json").read_text())
     ap = 100 * results["all"]
@@ -59,7 +54,7 @@ def run(script, *arguments, env=None):
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     status = subprocess.run(command, env=env).returncode
     if status != 0:
-        sys.exit(f"demo: {script} failed with exit code {status}; its messages are above")
+        sys.exit(f"quickstart: {script} failed with exit code {status}; its messages are above")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,32 @@
-"""benchmark_detector.py: every row is measured, and both networks do the same work."""
+"""benchmarks/detector.py: every row is measured, and both networks do the same work."""
 
 import json
 
-import pytest
+import detector
 import torch
+from common import random_model
 
 from gs_d2.config import load_config
 
 
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/benchmark_detector.py")
-
-
-def test_measures_every_row(tool, tmp_path, capsys):
-    tool.main(["--quick", "--device", "cpu", "--output", str(tmp_path)])
+def test_measures_every_row(tmp_path, capsys):
+    detector.main(["--quick", "--device", "cpu", "--output", str(tmp_path)])
     record = json.loads((tmp_path / "detector.json").read_text())
-    who = [tool.STOCK, *tool.OURS]
+    who = [detector.STOCK, *detector.OURS]
     assert set(record["entries"]) == {f"{what}: {x}" for what in ("training step", "inference") for x in who}
     for name, entry in record["entries"].items():
         assert 0 < entry["min_ms"] <= entry["median_ms"] <= entry["max_ms"] and entry["repeats"] == 1
         parts = record["parts_ms"][name]
         assert min(parts["backbone"], parts["head"], parts["labelling"]) > 0
         assert (parts["backward"] > 0 and parts["losses"] > 0) == name.startswith("training")
-        assert (parts["proposals"] > 0) == (name.startswith("inference") or name.endswith(tool.STOCK))
+        assert (parts["proposals"] > 0) == (name.startswith("inference") or name.endswith(detector.STOCK))
     table = (tmp_path / "detector.md").read_text()
     assert table in capsys.readouterr().out
     assert table.count("| training step |") == table.count("| inference     |") == 2 * len(who)
 
 
-def test_both_networks_have_the_same_anchors_and_samples(tool):
-    stock, ours = tool.stock_config(), load_config(tool.CONFIG)
+def test_both_networks_have_the_same_anchors_and_samples():
+    stock, ours = detector.stock_config(), load_config(detector.CONFIG)
     assert stock.MODEL.RPN.BATCH_SIZE_PER_IMAGE == 4 * ours.MODEL.RPN.BATCH_SIZE_PER_IMAGE
     for key in ("IN_FEATURES", "IOU_THRESHOLDS", "POSITIVE_FRACTION", "NMS_THRESH"):
         assert stock.MODEL.RPN[key] == ours.MODEL.RPN[key]
@@ -40,6 +36,6 @@ def test_both_networks_have_the_same_anchors_and_samples(tool):
     features = torch.zeros(1, 256, 4, 6)
     anchors = []
     for cfg in (stock, ours):
-        cfg.merge_from_list(["MODEL.DEVICE", "cpu", *tool.QUICK])
-        anchors += tool.random_model(cfg).proposal_generator.anchor_generator([features])
+        cfg.merge_from_list(["MODEL.DEVICE", "cpu", *detector.QUICK])
+        anchors += random_model(cfg).proposal_generator.anchor_generator([features])
     assert len(anchors) == 2 and torch.equal(anchors[0].tensor, anchors[1].tensor)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import Stopwatch, parts_of, random_input, random_model
+from profile_step import main
 
 from gs_d2.config import load_config
 
@@ -12,15 +14,11 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = ["--size", "64", "96", "--faces", "3", "--steps", "2"]
 
 
-@pytest.fixture(scope="module")
-def tool(load_script):
-    return load_script("tools/profile_step.py")
-
-
 @pytest.mark.parametrize("name", ["demo", "two_stage"])
-def test_prints_the_parts(tool, capsys, name):
-    assert tool.main(["--config-file", str(CONFIGS / "quick" / f"{name}.yaml"), *SMALL]) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+def test_prints_the_parts(run_command, name):
+    status, out, _ = run_command(main, "--config-file", CONFIGS / "quick" / f"{name}.yaml", *SMALL)
+    assert status == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
     shares = {row[0]: float(row[2].rstrip("%")) for row in rows if len(row) == 3 and row[2].endswith("%")}
     parts = {"backbone", "head", "labelling", "sampling", "losses", "backward", "optimizer"}
     parts |= {"second stage", "proposals"} if name == "two_stage" else set()
@@ -28,7 +26,7 @@ def test_prints_the_parts(tool, capsys, name):
     assert all(shares[part] > 0 for part in parts) and shares["training step"] == 100
 
 
-def test_parts_within_parts_are_counted_once(tool):
+def test_parts_within_parts_are_counted_once():
     class Work:
         def outer(self):
             time.sleep(0.02)
@@ -38,7 +36,7 @@ def test_parts_within_parts_are_counted_once(tool):
             time.sleep(0.05)
 
     work, before = Work(), Work.inner
-    stopwatch = tool.Stopwatch("cpu")
+    stopwatch = Stopwatch("cpu")
     begin = time.perf_counter()
     with stopwatch.methods({(work, "outer"): "outer", (Work, "inner"): "inner"}), stopwatch.part("other"):
         work.outer()
@@ -48,13 +46,13 @@ def test_parts_within_parts_are_counted_once(tool):
     assert Work.inner is before and not vars(work)
 
 
-def test_timing_changes_nothing(tool):
+def test_timing_changes_nothing():
     cfg = load_config(CONFIGS / "quick" / "demo.yaml")
-    inputs = tool.random_input((64, 64), 3)
-    model = tool.random_model(cfg).eval()
+    inputs = random_input((64, 64), 3)
+    model = random_model(cfg).eval()
     plain = model(inputs)[0]["instances"]
-    stopwatch = tool.Stopwatch("cpu")
-    with stopwatch.methods(tool.parts_of(model)), stopwatch.part("other"):
+    stopwatch = Stopwatch("cpu")
+    with stopwatch.methods(parts_of(model)), stopwatch.part("other"):
         timed = model(inputs)[0]["instances"]
     assert len(plain) > 0 and torch.equal(plain.pred_boxes.tensor, timed.pred_boxes.tensor)
     assert stopwatch.seconds["proposals"] > 0
@@ -64,7 +62,6 @@ def test_timing_changes_nothing(tool):
     ("arguments", "message"),
     [(["nowhere.yaml"], "nowhere.yaml"), ([str(CONFIGS / "wider_gs.yaml"), "A.B", "1"], "A.B")],
 )
-def test_a_wrong_config_is_named(tool, capsys, arguments, message):
-    assert tool.main(["--config-file", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("profile_step: ") and message in error and error.count("\n") == 1
+def test_a_wrong_config_is_named(run_command, arguments, message):
+    status, _, err = run_command(main, "--config-file", *arguments)
+    assert status == 2 and ": error: " in err and message in err and err.count("\n") == 1

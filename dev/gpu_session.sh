@@ -3,8 +3,8 @@
 # CUDA kernels, runs the GPU tests, and the fuzz driver of tests/cuda_on_cpu on the device, plain and under
 # compute-sanitizer. Logs go to $OUT (default output/gpu_session); the last line says what failed.
 #
-#   OUT=logs tools/gpu_session.sh                 all steps, under ten minutes
-#   OUT=logs tools/gpu_session.sh build tests     some of: build tests fuzz memcheck racecheck initcheck synccheck
+#   OUT=logs dev/gpu_session.sh                 all steps, under ten minutes
+#   OUT=logs dev/gpu_session.sh build tests     some of: build tests fuzz memcheck racecheck initcheck synccheck
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Times the ops against what a Detectron2 user would otherwise run, interleaved in one run, and draws the cost curves.
 
 Cases (anchors x ground truths): W1 800 x 800 at stride 4 with 4 scales; W2-m the same at 1200 x 1200 with m faces; C1
@@ -8,23 +9,20 @@ Detectron2 is timed twice, since up to half of its time is fresh memory: with th
 keep its memory. On a GPU times are CUDA events, and ours are also given as a captured graph.
 """
 
-import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torchvision
+from common import benchmark_parser, faces, record_of, summary_of, table, time_once, use_all_cores, write_record
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, pairwise_iou
-from tabulate import tabulate
 
 from gs_d2 import ops
 
@@ -35,16 +33,12 @@ SECONDS_PER_ENTRY, MAX_REPEATS = 2.0, 25
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="output/bench", help="folder for ops.json, ops.md and the plots")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = benchmark_parser(__doc__, quick="few repeats and no curves, to see that it runs")
     parser.add_argument("--cases", nargs="*", help="only these (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few repeats and no curves, to see that it runs")
     parser.add_argument("--only", default="", help="only entries whose name has this in it; prints JSON (internal)")
     args = parser.parse_args()
     device = torch.device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(os.cpu_count())
+    use_all_cores(device)
     names = [name for name in CASES if not args.cases or name in args.cases]
 
     if args.only:
@@ -60,17 +54,9 @@ def main():
             measured |= {f"{who} (warm heap)": entry for who, entry in warm.items()}
         results[name] = {"num_anchors": len(anchors), "num_gts": len(gts), "entries": measured}
     curves = {} if args.quick else measure_curves(device)
-
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(device), "command": " ".join(sys.argv), "cases": results, "curves": curves}
-    (output / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    (output / "ops.md").write_text(text)
-    print(text)
+    write_record(args.output, "ops", record_of(device, cases=results, curves=curves), table_of(results))
     if curves:
-        plot_curves(curves, output / "ops_cost.png")
-    print(f"Written: {output}/ops.json, ops.md" + (", ops_cost.png" if curves else ""))
+        plot_curves(curves, Path(args.output) / "ops_cost.png")
 
 
 # Cases
@@ -82,16 +68,6 @@ def grid(height, width, scales, ratios=(1.0,), stride=4):
     centres = ((torch.stack([x, y], dim=-1) + 0.5) * stride).view(-1, 1, 2)
     half = torch.tensor([[s / r**0.5, s * r**0.5] for s in scales for r in ratios]) / 2
     return torch.cat([centres - half, centres + half], dim=-1).view(-1, 4)
-
-
-def faces(count, height, width, low=8, high=128, seed=0):
-    """Square-ish boxes, log-uniform in scale, as crowds have them."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = low * (high / low) ** torch.rand(count, 1, generator=generator)
-    aspect = 0.8 + 0.5 * torch.rand(count, 1, generator=generator)
-    half = torch.cat([scale / aspect.sqrt(), scale * aspect.sqrt()], dim=1) / 2
-    centres = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
-    return torch.cat([centres - half, centres + half], dim=1)
 
 
 CASES = {
@@ -185,29 +161,8 @@ def measure(case, device, quick, only):
             if turn < 3 or turn * budget[name] < SECONDS_PER_ENTRY:
                 times[name].append(time_once(call, device))
     return {
-        name: {
-            "median_ms": 1e3 * statistics.median(values),
-            "min_ms": 1e3 * min(values),
-            "max_ms": 1e3 * max(values),
-            "repeats": len(values),
-            "extra_mib": extra_memory(timed[name], device),
-        }
-        for name, values in times.items()
+        name: {**summary_of(values), "extra_mib": extra_memory(timed[name], device)} for name, values in times.items()
     }
-
-
-def time_once(call, device):
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def captured(call):
@@ -280,62 +235,28 @@ def measure_curves(device):
     return curves
 
 
-def machine(device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 # Reporting
 
 
-def report(record):
+def table_of(results):
     rows = []
-    for case, result in record["cases"].items():
+    for case, result in results.items():
         for name, entry in sorted(result["entries"].items(), key=lambda item: item[0].split(":")[0]):
             group, who = name.split(": ", 1)
             ours = result["entries"].get(f"{group}: gs_d2")
             ratio = entry["median_ms"] / ours["median_ms"] if ours else float("nan")
-            rows.append(
-                [
-                    case,
-                    group,
-                    who,
-                    f"{entry['median_ms']:.3f}",
-                    f"{entry['min_ms']:.3f}",
-                    f"{entry['max_ms']:.3f}",
-                    "" if who.startswith("gs_d2") else f"{ratio:.1f}x",
-                    "" if entry["extra_mib"] is None else f"{entry['extra_mib']:.1f}",
-                ]
-            )
-    headers = ["case", "what", "who", "median ms", "min", "max", "ours is faster by", "extra MiB"]
-    info = record["machine"]
-    return (
-        f"Measured {info['date']} on {info['device']}, {info['threads']} threads, torch {info['torch']}: "
-        f"`{record['command']}`\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
-    )
+            faster = "" if who.startswith("gs_d2") else f"{ratio:.1f}x"
+            extra = "" if entry["extra_mib"] is None else f"{entry['extra_mib']:.1f}"
+            milliseconds = (f"{entry[key]:.3f}" for key in ("median_ms", "min_ms", "max_ms"))
+            rows.append([case, group, who, *milliseconds, faster, extra])
+    return table(rows, ["case", "what", "who", "median ms", "min", "max", "ours is faster by", "extra MiB"])
 
 
 def plot_curves(curves, path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure = Figure(figsize=(9, 3.6), layout="tight")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = {"gts": "ground-truth boxes (360,000 anchors)", "anchors": "anchors (100 ground-truth boxes)"}
     for axis, (name, series) in zip(axes, curves.items(), strict=True):
         for who, points in series.items():
@@ -344,9 +265,7 @@ def plot_curves(curves, path):
         axis.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel("ms")
     axes[0].legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -8,26 +8,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import preflight
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def tool(load_script):
-    return load_script("tools/preflight.py")
-
-
-@pytest.fixture
-def good_machine(tool, monkeypatch, tmp_path):
+def good_machine(monkeypatch, tmp_path):
     """A machine with everything, whatever the one that runs the tests has."""
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(tool, "include_paths", lambda: {str(tmp_path)})
+    monkeypatch.setattr(preflight, "include_paths", lambda: {str(tmp_path)})
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setitem(sys.modules, "ensurepip", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "venv", SimpleNamespace())
     monkeypatch.delenv("CXX", raising=False)
-    return tool
+    return preflight
 
 
 def test_nothing_is_said_of_a_good_machine(good_machine, monkeypatch):
@@ -47,7 +43,7 @@ def test_old_python(good_machine, monkeypatch):
 
 def test_the_message_for_old_python_is_written_in_old_python():
     """No syntax newer than Python 2.7's: else such a Python dies of a SyntaxError and says nothing."""
-    tree = ast.parse((ROOT / "tools" / "preflight.py").read_text())
+    tree = ast.parse((ROOT / "dev" / "preflight.py").read_text())
     newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.Nonlocal, ast.AsyncFunctionDef, ast.Starred)
     assert [type(node).__name__ for node in ast.walk(tree) if isinstance(node, newer)] == []
     for node in ast.walk(tree):
@@ -56,7 +52,7 @@ def test_the_message_for_old_python_is_written_in_old_python():
             assert all(argument.annotation is None for argument in node.args.args)
         if isinstance(node, ast.Raise):
             assert node.cause is None
-    assert (ROOT / "tools" / "preflight.py").read_bytes().isascii()
+    assert (ROOT / "dev" / "preflight.py").read_bytes().isascii()
 
 
 @pytest.mark.parametrize("name", ["python2.7", "python3.6", "python3.8", "python3.9"])
@@ -64,7 +60,7 @@ def test_an_old_python_of_this_machine(name):
     python = shutil.which(name)
     if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode != 0:
         pytest.skip(f"there is no {name} here")
-    result = subprocess.run([python, str(ROOT / "tools" / "preflight.py")], capture_output=True, text=True)
+    result = subprocess.run([python, str(ROOT / "dev" / "preflight.py")], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("gs_d2 needs Python 3.10 or newer, and ")
     assert len(result.stderr.splitlines()) == 1

@@ -9,30 +9,35 @@ training step is forward, backward and SGD's update; Detectron2's also makes pro
 table gives the parts. CPU time is that of all threads, which other work on the machine changes less.
 """
 
-import argparse
 import functools
-import json
-import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the tools beside this one
-
-from benchmark_ops import machine, time_once
+from common import (
+    CONFIGS,
+    LEARNING_RATE,
+    Stopwatch,
+    benchmark_parser,
+    parts_of,
+    random_input,
+    random_model,
+    record_of,
+    summary_of,
+    table,
+    time_once,
+    train_step,
+    use_all_cores,
+    write_record,
+)
 from detectron2.config import get_cfg
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from profile_step import Stopwatch, parts_of, random_input, random_model, train_step
-from tabulate import tabulate
 from tqdm import tqdm
 
 from gs_d2.config import load_config
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "wider" / "fpn_finest_sampling.yaml"
+CONFIG = CONFIGS / "wider" / "fpn_finest_sampling.yaml"
 STOCK = "Detectron2"
 OURS = {
     "gs_d2, contiguous": ["MODEL.GS.CHANNELS_LAST", False],
@@ -40,42 +45,24 @@ OURS = {
     "gs_d2, channels-last, bfloat16": ["MODEL.GS.CHANNELS_LAST", True, "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"],
 }
 QUICK = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-LEARNING_RATE = 1e-6  # random weights stay where they are
 PART_COLUMNS = ("backbone", "head", "labelling", "losses", "backward", "optimizer", "proposals", "other")
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="output/bench", help="folder for detector.json and detector.md")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = benchmark_parser(__doc__, quick="a ResNet-18 on a small image, once, to see that it runs")
     parser.add_argument("--repeats", type=int, default=5, help="of each entry, after one call that is not timed")
-    parser.add_argument("--quick", action="store_true", help="a ResNet-18 on a small image, once, to see that it runs")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    if device.type == "cpu" and not args.quick:
-        torch.set_num_threads(os.cpu_count())
+    if not args.quick:
+        use_all_cores(device)
     size, num_faces, repeats = ((128, 128), 10, 1) if args.quick else ((800, 800), 100, args.repeats)
 
     calls, parts = entries(args.device, random_input(size, num_faces), QUICK if args.quick else [])
     with EventStorage():
         results = measure(calls, device, repeats)
         shares = {name: measure_parts(calls[name], parts[name], device, repeats) for name in calls}
-
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    record = {
-        "machine": machine(device),
-        "command": " ".join(["tools/benchmark_detector.py", *(sys.argv[1:] if argv is None else argv)]),
-        "size": size,
-        "num_faces": num_faces,
-        "entries": results,
-        "parts_ms": shares,
-    }
-    (output / "detector.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    (output / "detector.md").write_text(text)
-    print(text)
-    print(f"Written: {output}/detector.json, detector.md")
+    record = record_of(device, argv, size=size, num_faces=num_faces, entries=results, parts_ms=shares)
+    write_record(args.output, "detector", record, tables_of(record))
 
 
 # What is timed. An entry is "<what>: <who>"; ratios are within a what, against Detectron2's.
@@ -147,17 +134,10 @@ def measure(calls, device, repeats):
             cpu_begin = time.process_time()
             seconds = time_once(lambda call=call: call(unread), device)
             if turn > 0:
-                times[name].append((1e3 * seconds, 1e3 * (time.process_time() - cpu_begin)))
-    return {name: summary(*zip(*pairs, strict=True)) for name, pairs in times.items()}
-
-
-def summary(wall, cpu):
+                times[name].append((seconds, time.process_time() - cpu_begin))
     return {
-        "median_ms": statistics.median(wall),
-        "min_ms": min(wall),
-        "max_ms": max(wall),
-        "cpu_ms": statistics.median(cpu),
-        "repeats": len(wall),
+        name: {**summary_of(wall), "cpu_ms": 1e3 * statistics.median(cpu)}
+        for name, (wall, cpu) in ((name, zip(*pairs, strict=True)) for name, pairs in times.items())
     }
 
 
@@ -176,7 +156,7 @@ def measure_parts(call, parts, device, repeats):
 # Reporting
 
 
-def report(record):
+def tables_of(record):
     times, parts = [], []
     for name in sorted(record["entries"], key=lambda name: name.startswith("inference")):
         what, who = name.split(": ", 1)
@@ -185,15 +165,10 @@ def report(record):
         ratios = [f"{stock[key] / entry[key]:.2f}x" if who != STOCK else "" for key in ("median_ms", "cpu_ms")]
         times.append([what, who, *milliseconds, *ratios])
         parts.append([what, who, *(f"{record['parts_ms'][name][part]:.1f}" for part in PART_COLUMNS)])
-    info = record["machine"]
-    table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
     return (
-        f"Measured {info['date']} on {info['device']}, {info['threads']} threads, torch {info['torch']}: "
-        f"`{record['command']}`\n\n"
-        + table(times, ["what", "who", "median ms", "min", "max", "CPU ms", "faster by", "by CPU time"])
+        table(times, ["what", "who", "median ms", "min", "max", "CPU ms", "faster by", "by CPU time"])
         + '\n\nParts in ms ("labelling" is anchors, matching and sampling):\n\n'
         + table(parts, ["what", "who", *PART_COLUMNS])
-        + "\n"
     )
 
 

@@ -4,7 +4,7 @@ No GPU is needed. nvcc is taken from CUDA_HOME, the PATH or /usr/local/cuda; whe
 --package-index, it is installed from the package index into a folder of its own. The PTX must hold no fused
 multiply-add, no flushing of subnormals and no approximate division: each would let CUDA and CPU differ.
 
-    python tools/cuda_check.py
+    python dev/cuda_check.py
 """
 
 import argparse
@@ -21,15 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
 PACKAGE_VERSION = "13.0.*"
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "--fmad=false",
-    "-Werror",
-    "all-warnings",
-    "-Xcompiler",
-    "-Wall,-Wextra,-Werror",
-]
+FLAGS = "-std=c++17 -O3 --fmad=false -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror".split()
 # Division must be div.rn: div.full and div.approx round otherwise. Integers use mad, never fma.
 FORBIDDEN = {
     "fused multiply-add": re.compile(r"\bfma\."),
@@ -86,11 +78,8 @@ def check(nvcc, source, archs):
 def installed_toolkit():
     """The folder of a CUDA toolkit that has its headers, or None."""
     on_path = shutil.which("nvcc")
-    homes = [
-        os.environ.get("CUDA_HOME"),
-        on_path and Path(os.path.realpath(on_path)).parent.parent,
-        "/usr/local/cuda",
-    ]
+    beside = on_path and Path(os.path.realpath(on_path)).parent.parent
+    homes = [os.environ.get("CUDA_HOME"), beside, "/usr/local/cuda"]
     for home in filter(None, homes):
         if (Path(home) / "bin" / "nvcc").exists() and (Path(home) / "include" / "cuda_runtime.h").exists():
             return Path(home)
@@ -102,17 +91,8 @@ def toolkit_from_package_index(folder):
     home = folder / "nvidia" / "cu13"
     if not (home / "bin" / "nvcc").exists():
         print(f"installing nvcc from the package index into {folder}")
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--target",
-            folder,
-        ]
-        run([*pip, *(f"{package}=={PACKAGE_VERSION}" for package in PACKAGES)])
+        pip = f"{sys.executable} -m pip install --quiet --disable-pip-version-check --target".split()
+        run([*pip, folder, *(f"{package}=={PACKAGE_VERSION}" for package in PACKAGES)])
     # The names under which compilers and linkers look for libraries.
     for link, target in ((home / "lib64", "lib"), (home / "lib" / "libcudart.so", "libcudart.so.13")):
         if not link.exists():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fits the map from rectangles to ellipses that `tools/evaluate.py fddb --fit-ellipses` uses.
 
-    tools/fit_fddb_ellipse.py --ground-truth FDDB-folds/ [--write]
+    dev/fit_fddb_ellipse.py --ground-truth FDDB-folds/ [--write]
 
 FDDB annotates faces by ellipses, detectors give rectangles, and the continuous score rewards the right shape.
 The fit uses FDDB's annotations only, no detector. The rectangle of a face is taken to be the upright one with
@@ -12,19 +12,17 @@ angle. Errors count relative to the face's size. Prints the fit and its error; -
 gs_d2/evaluation/fddb_ellipse_fit.py.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.formats.fddb import bounding_boxes, read_annotations
+from gs_d2.formats.whole_file import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from gs_d2.formats.fddb import bounding_boxes, read_annotations  # noqa: E402
-
 TARGET = ROOT / "gs_d2" / "evaluation" / "fddb_ellipse_fit.py"
-TEMPLATE = '''"""How a rectangle becomes an ellipse: FDDB's annotations fitted by tools/fit_fddb_ellipse.py."""
+TEMPLATE = '''"""How a rectangle becomes an ellipse: FDDB's annotations fitted by dev/fit_fddb_ellipse.py."""
 
 # (major radius, minor radius) = RADII @ (width, height); the centre is that of the rectangle.
 RADII = (({:.6f}, {:.6f}), ({:.6f}, {:.6f}))
@@ -50,16 +48,13 @@ def fit(ellipses: np.ndarray) -> tuple[np.ndarray, float]:
     return radii, float(angle)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@bad_input_ends()
+def main(argv: list[str] | None = None):
+    parser = parser_of(__doc__)
     parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="FDDB's ellipse lists")
     parser.add_argument("--write", action="store_true", help=f"replace {TARGET.relative_to(ROOT)}")
     args = parser.parse_args(argv)
-    try:
-        ellipses = np.concatenate(list(read_annotations(args.ground_truth).values()))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    ellipses = np.concatenate(list(read_annotations(args.ground_truth).values()))
     radii, angle = fit(ellipses)
     errors = rectangle_sizes(ellipses) @ radii.T / ellipses[:, :2] - 1
     text = TEMPLATE.format(*radii.ravel(), angle)
@@ -67,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     major, minor = np.sqrt((errors**2).mean(axis=0))
     print(f"{len(ellipses)} ellipses; relative error of the radii: {major:.1%}, {minor:.1%} (root mean square)")
     if args.write:
-        TARGET.write_text(text)
-    return 0
+        write_text(TARGET, text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,196 @@
+"""What detectors are trained on, by label and anchor scale: from runs' metrics.json, or from annotations alone.
+
+Counts are dicts {"pos_sampled": {16.0: anchors, ...}, ...} with the keys of TITLES.
+"""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_backbone, build_proposal_generator
+from detectron2.structures import Boxes
+from PIL import Image
+from tqdm import tqdm
+
+from gs_d2 import model_zoo
+from gs_d2.config import load_config
+from gs_d2.data import FaceDatasetMapper
+from gs_d2.modeling import GroupSamplingRPN
+from gs_d2.modeling.losses import group_sums
+
+TITLES = {
+    "pos_matched": "positive, matched",
+    "neg_matched": "negative, matched",
+    "pos_sampled": "positive, sampled",
+    "neg_sampled": "negative, sampled",
+}
+FIG_2 = ("rpn", "fpn", "fpn_finest_stride", "fpn_finest", "fpn_finest_sampling")  # (a) to (e)
+LABELS = ("pos_sampled", "neg_sampled")
+ASSUMED_SIZE = (768, 1024)  # height, width in pixels
+SIZE_RULE = "1024 x 768 px, or taller where boxes reach further down"
+
+
+def read_runs(metrics_files) -> dict[str, dict]:
+    """The counts of several runs by the names of their folders; by their paths, where two folders have one name."""
+    paths = [Path(path) for path in metrics_files]
+    names = [path.resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return {name: read_counts(path) for name, path in zip(names, paths, strict=True)}
+
+
+def read_counts(metrics_file: Path) -> dict[str, dict[float, float]]:
+    """Mean anchors per image over the run: {"pos_sampled": {16.0: 12.3, ...}, ...}."""
+    values = defaultdict(lambda: defaultdict(list))
+    try:
+        lines = metrics_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{metrics_file}: not a text file ({error})") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            for key, value in json.loads(line).items():
+                if key.startswith("groups/") and "@" in key:
+                    name, scale = key.removeprefix("groups/").split("@")
+                    values[name][float(scale)].append(float(value))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{metrics_file}:{number}: not a record of metrics ({error})") from error
+    if not values.keys() >= TITLES.keys():
+        raise ValueError(f"{metrics_file}: no group statistics; is it the metrics.json of a training run of gs_d2?")
+    return {name: {s: float(np.mean(v)) for s, v in sorted(by.items())} for name, by in values.items()}
+
+
+class TrainedAnchors:
+    """Which anchors of an image a config's detector is trained on: all of its real parts but the net."""
+
+    def __init__(self, config_file):
+        cfg = load_config(config_file, ["INPUT.GS.COLOR_JITTER", 0.0])  # there are no pixels
+        with torch.device("meta"):  # strides are all that is wanted of it: no memory, no weights
+            backbone = build_backbone(cfg)
+        self.shapes = backbone.output_shape()
+        self.size_divisibility = max(backbone.size_divisibility, 1)
+        self.rpn = build_proposal_generator(cfg, self.shapes)
+        if not isinstance(self.rpn, GroupSamplingRPN) or self.rpn.group_loss.sampler.method != "random":
+            raise ValueError(
+                f"{config_file}: what is sampled by loss cannot be known without a net; "
+                "only GroupSamplingRPN with MODEL.GS.SAMPLER random can be counted. Read a run's metrics.json instead"
+            )
+        self.augment = FaceDatasetMapper(cfg, is_train=True).augment
+
+    def map_sizes(self, image_size) -> list[tuple[int, int]]:
+        """Height and width of each feature map for an image of that height and width, padded as in training."""
+        step = self.size_divisibility
+        padded = [-(-side // step) * step for side in image_size]
+        strides = [self.shapes[name].stride for name in self.rpn.in_features]
+        return [tuple(-(-side // stride) for side in padded) for stride in strides]
+
+    def count(self, image_size, faces, ignored, seed) -> dict[str, np.ndarray]:
+        """Anchors of one view by label and scale: int64 [G] for each of TITLES.
+
+        Args:
+            image_size: height and width of the view.
+            faces, ignored (float32 [n, 4]): as :meth:`FaceDatasetMapper.augment`.
+            seed (int): of the sampling.
+        """
+        rpn = self.rpn
+        maps = [torch.empty(1, 0, *size) for size in self.map_sizes(image_size)]
+        anchors = Boxes.cat(rpn.anchor_generator(maps)).tensor
+        faces, ignored = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignored))
+        group_loss = rpn.group_loss
+        match_labels = group_loss.match(anchors, [faces], [ignored], [image_size]).labels
+        scale_idxs, group_idxs = group_loss.group(anchors)
+        sampled_labels = group_loss.sampler(match_labels, group_idxs, seed=seed)
+        masks = (match_labels == 1, match_labels == 0, sampled_labels == 1, sampled_labels == 0)
+        num_scales = len(group_loss.group_scales)
+        return {
+            name: group_sums(mask, scale_idxs, num_scales)[0].numpy().astype(np.int64)
+            for name, mask in zip(TITLES, masks, strict=True)
+        }
+
+
+def count_annotations(config_files=None, dataset="wider_face_train", num_images=None, seed=0) -> dict:
+    """Sums the anchors of one augmented view of each image, the same view for detectors of the same augmentation.
+
+    Returns:
+        dict: dataset, images, seed, image_sizes {read, assumed, assumption}, detectors {name: {"pos_sampled": {16.0:
+        anchors of all images, ...}, ...}}; equal for equal arguments.
+    """
+    config_files = [
+        Path(path) for path in config_files or [model_zoo.get_config_file(f"wider/{name}.yaml") for name in FIG_2]
+    ]
+    detectors = {detector_name(path): TrainedAnchors(path) for path in config_files}
+    if len(detectors) < len(config_files):
+        raise ValueError("Two of the config files have the same name")
+    records = DatasetCatalog.get(dataset)
+    if not any(len(record.get("gt_boxes", ())) for record in records):
+        raise ValueError(f"{dataset} has no annotated faces")
+    idxs = range(len(records))
+    if num_images is not None and num_images < len(records):
+        idxs = sorted(np.random.default_rng(seed).choice(len(records), num_images, replace=False).tolist())
+
+    totals = {name: defaultdict(int) for name in detectors}
+    num_read = 0
+    for i in tqdm(idxs, desc="counting", unit="image", mininterval=0.1 if sys.stderr.isatty() else 10):
+        size = file_size(records[i]["file_name"])
+        num_read += size is not None
+        blank = np.zeros(size or assumed_size(records[i]["gt_boxes"]), np.uint8)
+        for name, detector in detectors.items():
+            np.random.seed([seed, i])  # Detectron2's augmentations take from numpy's own state
+            view, faces, ignored = detector.augment(blank, records[i])
+            sampling_seed = np.random.randint(2**62)
+            for label, counts in detector.count(view.shape[:2], faces, ignored, sampling_seed).items():
+                totals[name][label] += counts
+    return {
+        "dataset": dataset,
+        "images": len(idxs),
+        "seed": seed,
+        "image_sizes": {"read": num_read, "assumed": len(idxs) - num_read, "assumption": SIZE_RULE},
+        "unit": "anchors, in one view of each image",
+        "detectors": {
+            name: {
+                label: dict(zip(map(float, detectors[name].rpn.group_loss.group_scales), counts.tolist(), strict=True))
+                for label, counts in by_label.items()
+            }
+            for name, by_label in totals.items()
+        },
+    }
+
+
+def detector_name(config_file: Path) -> str:
+    """ "FPN-finest-stride" of `.../fpn_finest_stride.yaml`: the paper's names."""
+    words = config_file.stem.split("_")
+    return "-".join(word.upper() if word in ("rpn", "fpn", "dc", "wrs", "ohem") else word for word in words)
+
+
+def file_size(file_name) -> tuple[int, int] | None:
+    """Height and width in pixels as read for training, from the file's header; None if there is no file."""
+    if not os.path.isfile(file_name):
+        return None
+    with Image.open(file_name) as image:
+        width, height = image.size
+        lies = image.getexif().get(0x0112, 1) > 4  # the camera was held upright
+    return (width, height) if lies else (height, width)
+
+
+def assumed_size(boxes) -> tuple[int, int]:
+    """Height and width of a file that is not there (SIZE_RULE), from its boxes [n, 4] in pixels."""
+    height, width = ASSUMED_SIZE
+    return max(height, int(np.ceil(boxes[:, 3].max(initial=0)))), width
+
+
+def shares(by_scale):
+    total = sum(by_scale.values())
+    return {scale: value / total if total else 0.0 for scale, value in by_scale.items()}
+
+
+def shares_of_samples(counts) -> dict[str, dict[float, float]]:
+    """Fig. 2: both labels "normalized by the total amount of training samples"; all shares together are 1."""
+    samples = {(label, scale): count for label in LABELS for scale, count in counts[label].items()}
+    result = {label: {} for label in LABELS}
+    for (label, scale), share in shares(samples).items():
+        result[label][scale] = share
+    return result

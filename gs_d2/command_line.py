@@ -1,0 +1,38 @@
+"""What the project's scripts share: parsers that show a script's first words, and how bad input ends it."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+# What bad files, configs and arguments raise here and in Detectron2.
+BAD_INPUT = (AssertionError, ImportError, KeyError, OSError, ValueError)
+
+
+def parser_of(text: str | None, **options) -> argparse.ArgumentParser:
+    """A parser whose help begins with `text`, a script's `__doc__`, as it is.
+
+    Args:
+        options: of `argparse.ArgumentParser`.
+    """
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+@contextlib.contextmanager
+def bad_input_ends(*others: type[Exception], one_line: bool = True):
+    """Ends the program as argparse does where BAD_INPUT is raised: the message on stderr, and exit code 2.
+
+    A context, or a decorator: `@bad_input_ends()`.
+
+    Args:
+        others: end it, too.
+        one_line: False keeps the lines of a message, such as that of `check_config`, which has one for each key.
+    """
+    try:
+        yield
+    except (*BAD_INPUT, *others) as error:
+        text = " ".join(str(error).split()) if one_line else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            text += f"; install it: pip install {error.name}"
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        sys.exit(2)

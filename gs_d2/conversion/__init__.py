@@ -1,0 +1,1 @@
+"""Weights that other projects published, by the names of our networks."""
