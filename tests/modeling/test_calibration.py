@@ -7,9 +7,8 @@ from detectron2.modeling import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gs_d2 import ops
 from gs_d2.config import load_config
-from gs_d2.modeling.calibration import ScaleCalibration, calibrate_head, fit_calibration, hits
+from gs_d2.modeling.calibration import ScaleCalibration, calibrate_head, fit_calibration
 
 SCALES = [16.0, 32.0, 64.0]
 
@@ -28,7 +27,7 @@ def simulated(rng, scale, gain, offset, num=20_000):
 def test_finds_the_gain_and_offset_of_each_scale(rng):
     true = {16.0: (2.0, -2.0), 32.0: (0.5, 0.0), 64.0: (1.0, 1.5)}
     detections = [np.concatenate(x) for x in zip(*(simulated(rng, k, *v) for k, v in true.items()), strict=True)]
-    found = fit_calibration(*detections, SCALES, prior=0.0)
+    found = fit(*detections, prior=0.0)
     assert found.scales == SCALES
     for scale, gain, offset in zip(*found, strict=True):
         assert (gain, offset) == pytest.approx(true[scale], abs=0.15)
@@ -38,7 +37,7 @@ def test_calibrated_scores_have_the_mean_of_the_truth(rng):
     """What maximum likelihood with an offset gives, whatever the detections are like."""
     logits, scales = rng.normal(size=3000), rng.choice(SCALES, 3000)
     is_face = logits**3 + 4 * rng.normal(size=3000) > 2
-    found = fit_calibration(logits, scales, is_face, SCALES, prior=0.0)
+    found = fit(logits, scales, is_face, prior=0.0)
     for scale, gain, offset in zip(*found, strict=True):
         rows = scales == scale
         assert (1 / (1 + np.exp(-gain * logits[rows] - offset))).mean() == pytest.approx(is_face[rows].mean(), abs=1e-6)
@@ -46,9 +45,7 @@ def test_calibrated_scores_have_the_mean_of_the_truth(rng):
 
 def test_a_scale_without_faces_gets_the_fit_of_all(rng):
     logits, scales, is_face = simulated(rng, 16.0, 2.0, -1.0)
-    found = fit_calibration(
-        np.append(logits, [0.5]), np.append(scales, [60.0]), np.append(is_face, [False]), SCALES, prior=50.0
-    )
+    found = fit(np.append(logits, [0.5]), np.append(scales, [60.0]), np.append(is_face, [False]), prior=50.0)
     assert found.gains[1:] == pytest.approx([found.gains[0]] * 2, rel=0.05)
     assert found.offsets[1:] == pytest.approx([found.offsets[0]] * 2, rel=0.05)
 
@@ -59,51 +56,14 @@ def test_the_order_within_a_scale_stays(seed, spread, num):
     rng = np.random.default_rng(seed)
     is_face = rng.random(num) < 0.5
     is_face[:2] = True, False
-    found = fit_calibration(rng.normal(size=num) * spread, rng.choice(SCALES, num), is_face, SCALES)
+    found = fit(rng.normal(size=num) * spread, rng.choice(SCALES, num), is_face)
     assert min(found.gains) > 0 and np.isfinite([found.gains, found.offsets]).all()
 
 
 @pytest.mark.parametrize("is_face", [[True, True], [False, False]])
 def test_both_kinds_are_needed(is_face):
     with pytest.raises(ValueError, match=f"{sum(is_face)} of 2 detections are faces; both kinds are needed"):
-        fit_calibration([0.0, 1.0], [16.0, 16.0], is_face, SCALES)
-
-
-def test_hits_by_hand():
-    faces = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
-    region = torch.tensor([[40.0, 0, 50, 10]])
-    boxes = torch.tensor(
-        [[0.0, 0, 10, 9], [0, 0, 10, 10], [40, 0, 50, 9], [41, 0, 51, 10], [60, 0, 70, 10], [20, 0, 30, 4]]
-    )
-    scores = torch.tensor([0.5, 0.9, 0.3, 0.2, 0.9, 0.9])
-    assert hits(boxes, scores, faces, region).tolist() == [0, 1, -1, -1, 0, 0]
-    assert hits(boxes, scores, faces[:0], region[:0]).tolist() == [0] * 6
-    assert hits(boxes[:0], scores[:0], faces, region).tolist() == []
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(0, 12), st.integers(0, 4), st.integers(0, 2))
-@settings(max_examples=100, deadline=None)
-def test_hits_against_loops(seed, num, num_faces, num_regions):
-    generator = torch.Generator().manual_seed(seed)
-
-    def random_boxes(count):
-        corners = torch.randint(0, 6, (count, 2), generator=generator).float()
-        return torch.cat([corners, corners + torch.randint(3, 8, (count, 2), generator=generator)], dim=1)
-
-    boxes, faces, regions = random_boxes(num), random_boxes(num_faces), random_boxes(num_regions)
-    scores = torch.randint(0, 4, (num,), generator=generator) / 4
-    expected, taken = [0] * num, set()
-    ious = ops.box_iou(boxes, torch.cat([faces, regions]))
-    for i in sorted(range(num), key=lambda i: (-float(scores[i]), i)):
-        best = max(range(num_faces + num_regions), key=lambda j: (float(ious[i, j]), -j), default=None)
-        if best is None or ious[i, best] < 0.5:
-            continue
-        if best >= num_faces:
-            expected[i] = -1
-        elif best not in taken:
-            taken.add(best)
-            expected[i] = 1
-    assert hits(boxes, scores, faces, regions).tolist() == expected
+        fit([0.0, 1.0], [16.0, 16.0], is_face)
 
 
 @pytest.mark.parametrize("head", ["SoftmaxRPNHead", "DilatedRPNHead"])
@@ -135,6 +95,10 @@ def test_other_scales_and_several_maps_are_refused():
     ).proposal_generator
     with pytest.raises(ValueError, match="must predict from one feature map, it has 2"):
         calibrate_head(rpn, ScaleCalibration([16.0, 32.0], [1.0, 1.0], [0.0, 0.0]))
+
+
+def fit(logits, scales, is_face, **options):
+    return fit_calibration(torch.tensor(logits), torch.tensor(scales), torch.tensor(is_face), SCALES, **options)
 
 
 def logit(logits):
