@@ -20,7 +20,7 @@ from gs_d2.command_line import bad_input_ends
 from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
-from gs_d2.engine.checks import check_config, check_training
+from gs_d2.engine.checks import check_classes, check_config, check_training
 
 
 @bad_input_ends(one_line=False)
@@ -39,6 +39,7 @@ def checked_config(args):
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
     check_data_sets(None if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    check_classes(cfg, training=not args.eval_only)
     return cfg
 
 

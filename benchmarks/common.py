@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import os
 import platform
 import statistics
@@ -21,6 +20,7 @@ from tabulate import tabulate
 import gs_d2.modeling.group_loss
 from gs_d2.collect_env import cpu_name
 from gs_d2.command_line import parser_of
+from gs_d2.formats.json_text import json_text
 from gs_d2.formats.whole_file import write_text
 from gs_d2.modeling import GroupSampler, TwoPassMatcher
 from gs_d2.modeling.group_loss import GroupLoss
@@ -56,7 +56,7 @@ def record_of(device: torch.device, argv=None, **results) -> dict:
 def write_record(folder: str, name: str, record: dict, tables: str):
     """Prints the tables under a line that says where they were measured, and writes record and text into the folder."""
     text = f"Measured {record['machine']['date']} on {on(record['machine'])}: `{record['command']}`\n\n{tables}\n"
-    write_text(Path(folder) / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(Path(folder) / f"{name}.json", json_text(record, indent=1) + "\n")
     write_text(Path(folder) / f"{name}.md", text)
     print(f"{text}\nWritten: {folder}/{name}.json, {name}.md")
 

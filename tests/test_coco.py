@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -17,7 +16,7 @@ from gs_d2 import engine
 from gs_d2.config import add_gs_config, check_config
 from gs_d2.data import CocoDatasetMapper, FaceDatasetMapper, dataset_mapper_of
 from gs_d2.engine import Trainer
-from gs_d2.evaluation import CocoRecallEvaluator
+from gs_d2.evaluation import CocoEvaluator, CocoRecallEvaluator
 from gs_d2.inference import FaceDetector, PyramidDetector
 
 TOY = """
@@ -44,8 +43,8 @@ def toy_cfg(name, *opts):
     ("name", "task", "figures", "evaluator"),
     [
         ("fpn", "box_proposals", {"AR@100", "ARs@100", "ARm@100", "AR@1000"}, CocoRecallEvaluator),
-        ("retinanet_sampling_wrs", "bbox", {"AP", "AP50", "APs", "APm"}, COCOEvaluator),
-        ("fast_rcnn_lsiou_sampling", "bbox", {"AP", "AP50", "APs", "APm"}, COCOEvaluator),
+        ("retinanet_sampling_wrs", "bbox", {"AP", "AP50", "APs", "APm"}, CocoEvaluator),
+        ("fast_rcnn_lsiou_sampling", "bbox", {"AP", "AP50", "APs", "APm"}, CocoEvaluator),
     ],
 )
 def test_trains_and_is_evaluated_by_the_official_api(name, task, figures, evaluator, coco_toy, tmp_path):

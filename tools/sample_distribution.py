@@ -14,7 +14,6 @@ before and after sampling; of several, their samples as in Fig. 2, named by thei
 The numbers behind a picture are written beside it as .json.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 
 from gs_d2.analysis.samples import LABELS, SIZE_RULE, TITLES, count_annotations, read_runs, shares, shares_of_samples
 from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.formats.json_text import json_text
 from gs_d2.formats.whole_file import write_text
 
 COLOURS = dict(zip(LABELS, ("#d1495b", "#30638e"), strict=True))
@@ -55,7 +55,7 @@ def main(argv=None):
             f"{counted['dataset']}, {counted['images']} images, image sizes: {sizes['read']} read from the files, "
             f"{sizes['assumed']} assumed ({SIZE_RULE})"
         )
-    write_text(output.with_suffix(".json"), json.dumps(counted, indent=2) + "\n")
+    write_text(output.with_suffix(".json"), json_text(counted, indent=2) + "\n")
     if len(args.metrics) == 1:
         (counts,) = counted["detectors"].values()
         print_table(counts)

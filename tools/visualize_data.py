@@ -11,13 +11,11 @@ are named and left out.
 
 import argparse
 import collections
-import os
 import secrets
 import sys
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from PIL import Image
 from tqdm import tqdm
@@ -25,6 +23,8 @@ from tqdm import tqdm
 from gs_d2 import model_zoo
 from gs_d2.command_line import bad_input_ends, parser_of
 from gs_d2.config import load_config
+from gs_d2.data import catalog
+from gs_d2.data.records import faces_of, name_of
 from gs_d2.engine import Trainer
 from gs_d2.formats.images import as_rgb
 from gs_d2.visualization import draw_annotations
@@ -50,8 +50,7 @@ def main(argv=None):
 def write(pictures, output_dir, show):
     """Saves (or shows) pictures as `<image>.jpg`; further ones of the same image as `<image>_2.jpg`, ..."""
     seen = collections.Counter()
-    for image_id, picture in pictures:
-        name = os.path.basename(image_id)
+    for name, picture in pictures:
         seen[name] += 1
         if show:
             picture.show(title=name)
@@ -62,26 +61,26 @@ def write(pictures, output_dir, show):
 
 
 def load_records(cfg):
-    return [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    return [record for name in cfg.DATASETS.TRAIN for record in catalog.load_records(name, for_training=True)]
 
 
 def from_annotations(cfg, num_images):
-    """(image_id, picture) of the files, with the boxes as listed."""
+    """(name, picture) of the files, with the boxes as listed."""
     records = load_records(cfg)
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     for record in tqdm(records, desc="pictures", unit="image"):
-        boxes, ignored = record["gt_boxes"], record["gt_ignore"]
+        boxes, ignored, _ = faces_of(record)
         try:
             image = as_rgb(record["file_name"])
         except (FileNotFoundError, ValueError) as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        yield record["image_id"], draw_annotations(image, boxes[~ignored], boxes[ignored])
+        yield name_of(record), draw_annotations(image, boxes[~ignored], boxes[ignored])
 
 
 def from_dataloader(cfg, num_images):
-    """(image_id, picture) of what the training loop would get."""
+    """(name, picture) of what the training loop would get."""
     num_images = num_images or len(load_records(cfg))
     if cfg.SEED < 0:
         cfg.SEED = secrets.randbelow(2**31)  # other views with every start
@@ -93,7 +92,7 @@ def from_dataloader(cfg, num_images):
                     return
                 image = utils.convert_image_to_rgb(view["image"].permute(1, 2, 0).numpy(), cfg.INPUT.FORMAT)
                 faces, ignored = view["instances"].gt_boxes.tensor.numpy(), view["ignore_boxes"].tensor.numpy()
-                yield view["image_id"], draw_annotations(Image.fromarray(image), faces, ignored)
+                yield name_of(view), draw_annotations(Image.fromarray(image), faces, ignored)
                 bar.update()
 
 

@@ -4,16 +4,16 @@
 tools/visualize_results.py --predictions results.zip --output pictures
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-import gs_d2.data  # noqa: F401  (registers the data sets)
 from gs_d2.analysis.hits import match_detections
 from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.data.catalog import load_records
+from gs_d2.data.records import faces_of, name_of
 from gs_d2.formats import face_eval, fddb
 from gs_d2.formats.images import as_rgb
 from gs_d2.formats.wider_predictions import read_wider_predictions
@@ -34,43 +34,44 @@ def main(argv=None):
 
 def visualize(dataset, predictions, output, lowest_score, num_images):
     """Writes `<output>/<image>.jpg`: on the left the ground truth, on the right the detections."""
-    records = DatasetCatalog.get(dataset)
+    records = load_records(dataset, for_training=False)
     detections = read_detections(dataset, predictions, [record["image_id"] for record in records])
-    short_names = len({os.path.basename(record["image_id"]) for record in records}) == len(records)
+    short_names = len({name_of(record) for record in records}) == len(records)
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     output.mkdir(parents=True, exist_ok=True)
     for record in tqdm(records, desc="pictures", unit="image"):
-        rows = detections.get(record["image_id"], np.zeros((0, 5)))
+        rows = detections.get(str(record["image_id"]), np.zeros((0, 5)))
         rows = rows[rows[:, 4] >= lowest_score]
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
         boxes = rows[:, :4]
         image = as_rgb(record["file_name"])
-        found, hits = match_detections(record["gt_boxes"], boxes)
-        colours = np.where(record["gt_ignore"], "ignored", np.where(found, "hit", "miss"))
-        left = draw(image, record["gt_boxes"], [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours])
+        faces, ignored, _ = faces_of(record)
+        found, hits = match_detections(faces, boxes)
+        colours = np.where(ignored, "ignored", np.where(found, "hit", "miss"))
+        left = draw(image, faces, [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours])
         right = draw(image, boxes, [HIT if hit else FALSE_ALARM for hit in hits], rows[:, 4])
-        num_faces = int((~record["gt_ignore"]).sum())
-        num_found = int((found & ~record["gt_ignore"]).sum())
+        num_faces = int((~ignored).sum())
+        num_found = int((found & ~ignored).sum())
         titles = [
             f"ground truth: {num_found} of {num_faces} faces found (green), {num_faces - num_found} missed (red)",
             f"score >= {lowest_score:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false alarms (orange)",
         ]
         picture = beside([left, right], titles)
-        name = os.path.basename(record["image_id"]) if short_names else record["image_id"].replace("/", "_")
+        name = name_of(record) if short_names else str(record["image_id"]).replace("/", "_")
         picture.save(output / f"{name}.jpg", quality=92)
 
 
 def read_detections(dataset, path, image_ids):
-    """Image id -> float64 [n, 5] `x1 y1 x2 y2 score`, read in the format of the data set's benchmark."""
+    """Image id as text -> float64 [n, 5] `x1 y1 x2 y2 score`, read in the format of the data set's benchmark."""
     evaluator_type = MetadataCatalog.get(dataset).get("evaluator_type")
     if evaluator_type == "face_eval":
-        return face_eval.read_detections(path)
+        return face_eval.read_detections(path)  # its ids are text
     if evaluator_type == "fddb":
         rows_of = fddb.read_detections(path)
     else:
         rows_of = read_wider_predictions(path, image_ids).detections
-    return {i: np.concatenate([corners_of(rows[:, :-1]), rows[:, -1:]], axis=1) for i, rows in rows_of.items()}
+    return {str(i): np.concatenate([corners_of(rows[:, :-1]), rows[:, -1:]], axis=1) for i, rows in rows_of.items()}
 
 
 def corners_of(regions):

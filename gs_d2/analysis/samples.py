@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_backbone, build_proposal_generator
 from detectron2.structures import Boxes
 from PIL import Image
@@ -20,6 +19,8 @@ from tqdm import tqdm
 from gs_d2 import model_zoo
 from gs_d2.config import load_config
 from gs_d2.data import FaceDatasetMapper
+from gs_d2.data.catalog import load_records
+from gs_d2.data.records import faces_of
 from gs_d2.modeling import GroupSamplingRPN
 from gs_d2.modeling.losses import group_sums
 
@@ -125,8 +126,8 @@ def count_annotations(config_files=None, dataset="wider_face_train", num_images=
     detectors = {detector_name(path): TrainedAnchors(path) for path in config_files}
     if len(detectors) < len(config_files):
         raise ValueError("Two of the config files have the same name")
-    records = DatasetCatalog.get(dataset)
-    if not any(len(record.get("gt_boxes", ())) for record in records):
+    records = load_records(dataset, for_training=True)
+    if not any(len(faces_of(record).boxes) for record in records):
         raise ValueError(f"{dataset} has no annotated faces")
     idxs = range(len(records))
     if num_images is not None and num_images < len(records):
@@ -137,7 +138,7 @@ def count_annotations(config_files=None, dataset="wider_face_train", num_images=
     for i in tqdm(idxs, desc="counting", unit="image", mininterval=0.1 if sys.stderr.isatty() else 10):
         size = file_size(records[i]["file_name"])
         num_read += size is not None
-        blank = np.zeros(size or assumed_size(records[i]["gt_boxes"]), np.uint8)
+        blank = np.zeros(size or assumed_size(faces_of(records[i]).boxes), np.uint8)
         for name, detector in detectors.items():
             np.random.seed([seed, i])  # Detectron2's augmentations take from numpy's own state
             view, faces, ignored = detector.augment(blank, records[i])

@@ -5,14 +5,16 @@ import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from gs_d2.data.catalog import load_records
 from gs_d2.data.missing_files import check_folder, check_images, where_it_belongs
+from gs_d2.data.records import faces_of
 
 
 def check_data_sets(train_names=None, test_names=()):
     """Refuses data sets that cannot be trained or tested on.
 
-    Lists are read to their end, but for COCO's, of which reading can take a minute: these are only opened. For testing
-    every image must be there (no image is opened), for training the folder of them.
+    Lists are read to their end and dicts checked (:func:`gs_d2.data.catalog.load_records`). For testing every image
+    must be there (no image is opened), for training the folder of them.
 
     Args:
         train_names (sequence of str): DATASETS.TRAIN; None where nothing is trained.
@@ -33,45 +35,40 @@ def check_data_sets(train_names=None, test_names=()):
             if name not in DatasetCatalog.list():
                 raise ValueError(f"{key}: {_not_registered(name)}")
             try:
-                check(name, _dataset_dicts(name))
+                _check_list(name)
+                check(name, load_records(name, for_training=check is _check_training))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{key} {name}: {' '.join(str(error).split())}") from error
+                said = " ".join(str(error).split()).removeprefix(f"{name}: ").removeprefix(f"{name}, ")
+                raise ValueError(f"{key} {name}: {said}") from error
 
 
-def check_test_images(name: str, dataset_dicts: list[dict] | None):
-    """Raises FileNotFoundError, saying where they belong, unless the images of a registered data set are there: those
-    of the dataset_dicts, or where these are not known the folder of them."""
+def check_test_images(name: str, dataset_dicts: list[dict]):
+    """Raises FileNotFoundError, saying where they belong, unless all images of a registered data set are there."""
+    check_images(dataset_dicts, *_folder_and_hint(name))
+
+
+def _folder_and_hint(name) -> tuple[str | None, str]:
     metadata = MetadataCatalog.get(name)
     image_root = metadata.get("image_root")
     if image_root is None:
-        return
+        return None, "Correct file_name in its dicts"
     title = "WIDER FACE" if metadata.get("evaluator_type") == "wider_face" else name
-    hint = where_it_belongs(title, f"files of {image_root}")
-    if dataset_dicts is None:
-        check_folder(image_root, hint)
-    else:
-        check_images(dataset_dicts, image_root, hint)
+    return image_root, where_it_belongs(title, f"files of {image_root}")
 
 
-def _dataset_dicts(name) -> list[dict] | None:
-    """What the data set holds; None of one with a JSON list, which is then known to be a file that can be opened."""
+def _check_list(name):
     json_file = MetadataCatalog.get(name).get("json_file")
-    if json_file is None:
-        dataset_dicts = DatasetCatalog.get(name)
-        if not len(dataset_dicts):
-            raise ValueError("it has no image")
-        return dataset_dicts
-    if not os.path.isfile(json_file):
+    if json_file is not None and not os.path.isfile(json_file):
         hint = where_it_belongs(name, f"the list {json_file}")
         raise FileNotFoundError(f"There is no list {json_file}. {hint}")
-    with open(json_file, "rb"):
-        return None
 
 
 def _check_training(name, dataset_dicts):
-    if dataset_dicts is not None and not any(len(r.get("gt_boxes", r.get("annotations", ()))) for r in dataset_dicts):
+    if not any(len(faces_of(record).boxes) for record in dataset_dicts):
         raise ValueError("it has no annotated faces to train on")
-    check_test_images(name, None)  # one that is missing is left out, when its turn comes
+    image_root, hint = _folder_and_hint(name)
+    if image_root is not None:  # an image that is missing is left out, when its turn comes
+        check_folder(image_root, hint)
 
 
 def _not_registered(name):

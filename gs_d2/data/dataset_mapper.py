@@ -10,6 +10,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
 from gs_d2.data.augmentation import FaceCrop, ScaleJitterCrop
+from gs_d2.data.records import faces_of
 from gs_d2.formats.images import as_rgb
 
 _LEAST_SHOWN = 0.25  # of a box's area; one around a face and its centre in the image shows at least this
@@ -20,7 +21,7 @@ class BadDataError(ValueError):
 
 
 class FaceDatasetMapper:
-    """Reads and augments one image of a face data set (see :func:`gs_d2.data.load_wider_face` for its dicts).
+    """Reads and augments one image of a data set; its dicts are what :func:`gs_d2.data.records.faces_of` reads.
 
     Regions where no anchor may be a negative sample: boxes flagged invalid, and faces smaller than `min_face_size`
     after augmentation. Left out are boxes without area, and those that cannot belong to the image
@@ -91,11 +92,13 @@ class FaceDatasetMapper:
             self.augmentations(test_input)
             image = test_input.image
         else:
-            image, boxes, trained, ignored = self._augment(image, dataset_dict)
-            classes = dataset_dict.get("gt_classes", np.zeros(len(boxes), dtype=np.int64))
+            faces = faces_of(dataset_dict)
+            if not np.isfinite(faces.boxes).all():
+                raise BadDataError(f"{dataset_dict['file_name']}: its annotated boxes have NaN or infinity")
+            image, boxes, trained, ignored = self._augment(image, faces)
             instances = Instances(image.shape[:2])
             instances.gt_boxes = Boxes(torch.from_numpy(boxes[trained]))
-            instances.gt_classes = torch.from_numpy(classes[trained])
+            instances.gt_classes = torch.from_numpy(faces.classes[trained])
             result["instances"] = instances
             result["ignore_boxes"] = Boxes(torch.from_numpy(boxes[ignored]))
         # Not np.ascontiguousarray, which leaves the negative stride of a flipped side of one pixel; torch refuses it.
@@ -108,8 +111,6 @@ class FaceDatasetMapper:
             utils.check_image_size(dict(dataset_dict), image)
         except ValueError as error:
             raise BadDataError(str(error)) from error
-        if self.is_train and not np.isfinite(dataset_dict["gt_boxes"]).all():
-            raise BadDataError(f"{dataset_dict['file_name']}: its annotated boxes have NaN or infinity")
         return image
 
     def augment(self, image: np.ndarray, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,13 +119,13 @@ class FaceDatasetMapper:
         Whoever wants only the boxes passes a blank image of the file's size: [H, W, 3], or [H, W] where no augmentation
         is of colours (INPUT.GS.COLOR_JITTER 0).
         """
-        image, boxes, trained, ignored = self._augment(image, dataset_dict)
+        image, boxes, trained, ignored = self._augment(image, faces_of(dataset_dict))
         return image, boxes[trained], boxes[ignored]
 
-    def _augment(self, image, dataset_dict):
-        """The view; the dict's boxes, float32 [n, 4], transformed and clipped to it; which of them to train on and
-        which to ignore, bool [n]."""
-        boxes, ignore = dataset_dict["gt_boxes"], dataset_dict["gt_ignore"]
+    def _augment(self, image, faces):
+        """The view; the boxes, float32 [n, 4], transformed and clipped to it; which of them to train on and which to
+        ignore, bool [n]."""
+        boxes, ignore = faces.boxes, faces.ignore
         usable = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~off_the_image(boxes, *image.shape[:2])
         view = T.AugInput(image, boxes=boxes)
         view.is_face = usable & ~ignore

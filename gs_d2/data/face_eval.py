@@ -19,6 +19,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import check_images, where_it_belongs
+from gs_d2.data.records import Record
 from gs_d2.formats.face_eval import TITLES, read_annotations
 
 _IMAGE_FOLDERS = {"afw": "testimages", "pascal_face": "images"}
@@ -33,7 +34,7 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
         image_root: folder of the images.
 
     Returns:
-        For each image a dict with
+        For each image a :class:`gs_d2.data.records.Record` with
             file_name (str), image_id (str): name without ending;
             gt_boxes (float32 [n, 4]): XYXY pixels;
             gt_ignore (bool [n]): what the protocol ignores: flagged, or narrower or lower than 30 pixels;
@@ -51,13 +52,13 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {hint}") from error
     dataset_dicts = [
-        {
-            "file_name": os.path.join(image_root, f"{image}.jpg"),
-            "image_id": image,
-            "gt_boxes": boxes.astype(np.float32),
-            "gt_ignore": faces.ignored[image],
-            "attributes": {},
-        }
+        Record(
+            file_name=os.path.join(image_root, f"{image}.jpg"),
+            image_id=image,
+            gt_boxes=boxes.astype(np.float32),
+            gt_ignore=faces.ignored[image],
+            attributes={},
+        )
         for image, boxes in faces.boxes.items()
     ]
     check_images(dataset_dicts, image_root, hint)

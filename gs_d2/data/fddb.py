@@ -13,6 +13,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import check_images, where_it_belongs
+from gs_d2.data.records import Record
 from gs_d2.formats.fddb import bounding_boxes, read_annotations
 
 
@@ -24,7 +25,7 @@ def load_fddb(annotations, image_root) -> list[dict]:
         image_root: folder that the lists' paths start from.
 
     Returns:
-        For each image a dict with
+        For each image a :class:`gs_d2.data.records.Record` with
             file_name (str), image_id (str): "<year>/<month>/<day>/big/<name without ending>";
             gt_ellipses (float64 [n, 5]): major radius, minor radius, angle in radians, centre x, centre y;
             gt_boxes (float32 [n, 4]): XYXY pixels, upright around the ellipses, and so beyond the image in places;
@@ -43,14 +44,14 @@ def load_fddb(annotations, image_root) -> list[dict]:
     dataset_dicts = []
     for image, ellipses in ellipses_of.items():
         dataset_dicts.append(
-            {
-                "file_name": os.path.join(image_root, f"{image}.jpg"),
-                "image_id": image,
-                "gt_ellipses": ellipses,
-                "gt_boxes": bounding_boxes(ellipses).astype(np.float32),
-                "gt_ignore": np.zeros(len(ellipses), dtype=bool),
-                "attributes": {},
-            }
+            Record(
+                file_name=os.path.join(image_root, f"{image}.jpg"),
+                image_id=image,
+                gt_ellipses=ellipses,
+                gt_boxes=bounding_boxes(ellipses).astype(np.float32),
+                gt_ignore=np.zeros(len(ellipses), dtype=bool),
+                attributes={},
+            )
         )
     check_images(dataset_dicts, image_root, hint)
     return dataset_dicts

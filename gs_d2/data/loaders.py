@@ -1,37 +1,61 @@
 """What train_net.py loads: training goes on without bad images, and testing does not begin with any missing."""
 
 import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MapDataset, build_detection_test_loader
 
+from gs_d2.data.catalog import load_records
 from gs_d2.data.check_data_sets import check_test_images
-from gs_d2.data.coco import dataset_mapper_of
-from gs_d2.data.dataset_mapper import BadDataError, FaceDatasetMapper, off_the_image
+from gs_d2.data.coco import CocoDatasetMapper, dataset_mapper_of
+from gs_d2.data.dataset_mapper import BadDataError, off_the_image
+from gs_d2.data.records import faces_of
+from gs_d2.data.workers import InWorkers
 
 _MAX_TRIES = 100  # of images in place of a bad one
 _logger = logging.getLogger(__name__)
 
 
 def build_training_views(cfg) -> "TrainingViews":
-    """The views of cfg.DATASETS.TRAIN by the project's augmentation; :class:`gs_d2.engine.TrainLoader` batches them."""
-    dataset_dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    return TrainingViews(dataset_dicts, dataset_mapper_of(cfg.DATASETS.TRAIN[0])(cfg, is_train=True))
+    """The views of cfg.DATASETS.TRAIN by the project's augmentation; :class:`gs_d2.engine.TrainLoader` batches them.
+
+    Each image has the mapper of its own data set. DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without an
+    object, as in Detectron2, but not those of lists of faces (:func:`gs_d2.data.load_wider_face`): they are negatives.
+
+    Raises:
+        ValueError: a data set cannot be trained on; names it.
+    """
+    records, mappers, mapper_of_type = [], [], {}
+    for name in cfg.DATASETS.TRAIN:
+        of_data_set = load_records(name, for_training=True)
+        mapper_type = dataset_mapper_of(name)
+        as_in_detectron2 = mapper_type is CocoDatasetMapper or "gt_boxes" not in of_data_set[0]
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and as_in_detectron2:
+            of_data_set = [record for record in of_data_set if not faces_of(record).ignore.all()]
+        if not of_data_set:
+            raise ValueError(f"{name}: no image has an object to train on")
+        if mapper_type not in mapper_of_type:
+            mapper_of_type[mapper_type] = mapper_type(cfg, is_train=True)
+        records += of_data_set
+        mappers += [mapper_of_type[mapper_type]] * len(of_data_set)
+    return TrainingViews(records, mappers)
 
 
 def build_test_loader(cfg, dataset_name: str):
     """Detectron2's test loader: each image of the data set once.
 
     Raises:
+        ValueError: dicts of the data set cannot be used; names it.
         FileNotFoundError: images of the data set are missing, now and not hours later. (One that cannot be read raises
             BadDataError with its name when its turn comes: an evaluation without it would be another benchmark's.)
     """
-    dataset_dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    check_test_images(dataset_name, dataset_dicts)
-    return build_detection_test_loader(cfg, dataset_name, mapper=dataset_mapper_of(dataset_name)(cfg, is_train=False))
+    records = load_records(dataset_name, for_training=False)
+    check_test_images(dataset_name, records)
+    mapper = dataset_mapper_of(dataset_name)(cfg, is_train=False)
+    images = InWorkers(MapDataset(DatasetFromList(records, copy=False), mapper))
+    return build_detection_test_loader(images, mapper=None, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
 class TrainingViews(torch.utils.data.Dataset):
@@ -44,15 +68,16 @@ class TrainingViews(torch.utils.data.Dataset):
 
     Args:
         dataset_dicts: dataset dicts.
-        mapper: makes a view of one; BadDataError and FileNotFoundError mean that another is to take its place.
+        mappers: makes a view of a dict, or one for each of them that does; BadDataError and FileNotFoundError mean that
+            another image is to take its place.
 
     Raises:
         RuntimeError: by an item for which 101 images (or all, where there are fewer) proved bad.
     """
 
-    def __init__(self, dataset_dicts: list[dict], mapper: FaceDatasetMapper):
+    def __init__(self, dataset_dicts: list[dict], mappers: Callable | Sequence[Callable]):
         self._dataset_dicts = DatasetFromList(dataset_dicts, copy=False)
-        self._mapper = mapper
+        self._mappers = [mappers] * len(dataset_dicts) if callable(mappers) else list(mappers)
         self._bad = torch.zeros(len(dataset_dicts), dtype=torch.bool).share_memory_()  # with all workers
         self._boxes_reported = self._bad.clone().share_memory_()
 
@@ -80,7 +105,7 @@ class TrainingViews(torch.utils.data.Dataset):
             return None
         dataset_dict = self._dataset_dicts[index]
         try:
-            view = self._mapper(dataset_dict)
+            view = self._mappers[index](dataset_dict)
         except (BadDataError, FileNotFoundError) as error:
             self._bad[index] = True
             _logger.warning(f"Left out of training, for another image: {error}")
@@ -91,7 +116,7 @@ class TrainingViews(torch.utils.data.Dataset):
         return view
 
     def _report_boxes(self, dataset_dict, height, width):
-        boxes = dataset_dict.get("gt_boxes", np.zeros((0, 4)))  # COCO's dicts have annotations instead
+        boxes = faces_of(dataset_dict).boxes
         off = off_the_image(boxes, height, width)
         if off.any():
             first = ", ".join(f"{value:g}" for value in boxes[off.argmax()])

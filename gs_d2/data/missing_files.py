@@ -17,8 +17,13 @@ def check_folder(image_root, hint: str) -> None:
 
 
 def check_images(dataset_dicts: list[dict], image_root, hint: str) -> None:
-    """Raises FileNotFoundError, with numbers, an example and the hint, unless every `file_name` is there."""
-    check_folder(image_root, hint)
+    """Raises FileNotFoundError, with numbers, an example and the hint, unless every `file_name` is there, and the
+    folder of them (None where there is no one folder)."""
+    if image_root is not None:
+        check_folder(image_root, hint)
+    nameless = [d for d in dataset_dicts if d.get("file_name") is None]
+    if nameless:
+        raise ValueError(f"{len(nameless)} of {len(dataset_dicts)} dicts have no file_name")
     missing = [d["file_name"] for d in dataset_dicts if not os.path.isfile(d["file_name"])]
     if missing:
         raise FileNotFoundError(

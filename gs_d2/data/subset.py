@@ -2,6 +2,8 @@
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from gs_d2.data.catalog import load_records
+
 
 def register_subset(dataset_name: str, num_images: int) -> str:
     """Registers `<dataset_name>_subset_<num_images>`: evenly spaced images in the order of the data set; once.
@@ -19,7 +21,7 @@ def register_subset(dataset_name: str, num_images: int) -> str:
     name = f"{dataset_name}_subset_{num_images}"
     if name in DatasetCatalog.list():
         return name
-    dataset_dicts = DatasetCatalog.get(dataset_name)
+    dataset_dicts = load_records(dataset_name, for_training=False)
     if len(dataset_dicts) <= num_images:
         return dataset_name
     chosen = [dataset_dicts[i * len(dataset_dicts) // num_images] for i in range(num_images)]

@@ -15,6 +15,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import where_it_belongs
+from gs_d2.data.records import Record
 from gs_d2.formats.wider_face import add_labels, read_list
 
 
@@ -28,7 +29,7 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
             file exists.
 
     Returns:
-        For each image a dict with
+        For each image a :class:`gs_d2.data.records.Record` with
             file_name (str), image_id (str): "<event>/<name without ending>";
             gt_boxes (float32 [n, 4]): XYXY pixels as listed, boxes without area included;
             gt_ignore (bool [n]): flagged invalid, or width or height <= 0;
@@ -48,13 +49,13 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
     if attributes_mat is not None and Path(attributes_mat).is_file():
         add_labels(images, attributes_mat)
     return [
-        {
-            "file_name": os.path.join(image_root, image.path),
-            "image_id": image.image_id,
-            "gt_boxes": image.boxes.astype(np.float32),
-            "gt_ignore": image.ignored,
-            "attributes": image.labels,
-        }
+        Record(
+            file_name=os.path.join(image_root, image.path),
+            image_id=image.image_id,
+            gt_boxes=image.boxes.astype(np.float32),
+            gt_ignore=image.ignored,
+            attributes=image.labels,
+        )
         for image in images
     ]
 

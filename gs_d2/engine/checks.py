@@ -1,14 +1,18 @@
 """Whether a config can train the method: what of it breaks its detector, does nothing, or contradicts itself."""
 
+import logging
 import math
 from fnmatch import fnmatchcase
 
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 
 from gs_d2.config import add_gs_config, check_pyramid
 from gs_d2.engine.schedule import FLAT_DECAY
 from gs_d2.modeling import description_of
 from gs_d2.unread_keys import OF_TRAINER
+
+_logger = logging.getLogger(__name__)
 
 
 def check_config(cfg, training: bool = True):
@@ -136,3 +140,41 @@ def _check_schedule(cfg):
             f"SOLVER.MAX_ITER {solver.MAX_ITER} has no room for SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} and "
             f"SOLVER.GS.DECAY_ITERS {decay_iters}: lower them, or raise MAX_ITER"
         )
+
+
+def check_classes(cfg, training: bool = True):
+    """Refuses data sets whose classes are not those of the detector; to be called when the data sets are loaded.
+
+    Without it objects of a class beyond NUM_CLASSES would be trained as background, and classes of another order tested
+    as each other. A detector that does not tell classes apart takes any data sets.
+
+    Raises:
+        ValueError: naming the data set and NUM_CLASSES, or both data sets.
+    """
+    detector = description_of(cfg.MODEL.META_ARCHITECTURE)
+    names = list(cfg.DATASETS.TRAIN) if training else []
+    # Evaluators of faces do not ask for classes.
+    names += [name for name in cfg.DATASETS.TEST if MetadataCatalog.get(name).get("evaluator_type") == "coco"]
+    classes_of = {name: list(MetadataCatalog.get(name).get("thing_classes", [])) for name in names}
+    classes_of = {name: classes for name, classes in classes_of.items() if classes}
+    key = detector.num_classes_key
+    num_classes = dict(_leaves(cfg)).get(key)
+    for name, classes in classes_of.items():
+        if num_classes is not None and len(classes) > num_classes:
+            raise ValueError(
+                f"{name} has {len(classes)} classes ({_first(classes)}) and {key} is {num_classes}, so that the others "
+                f"would be background: set {key} {len(classes)}"
+            )
+    first = next(iter(classes_of), None)
+    for name, classes in classes_of.items():
+        if classes == classes_of[first]:
+            continue
+        said = f"{first} has the classes {_first(classes_of[first])} and {name} has {_first(classes)}"
+        if not detector.class_agnostic:
+            raise ValueError(f"{said}: a detector that tells classes apart needs the same in the same order")
+        if name in cfg.DATASETS.TRAIN:
+            _logger.warning(f"{said}: all are trained as one")
+
+
+def _first(classes: list[str], most: int = 5) -> str:
+    return ", ".join(map(str, classes[:most])) + (f", ... ({len(classes)})" if len(classes) > most else "")

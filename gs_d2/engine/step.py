@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
+from gs_d2.data.workers import explained
 from gs_d2.engine.nonfinite import save_batches
 from gs_d2.engine.seeding import STEP, seed_generators
 from gs_d2.engine.weight_average import WeightAverage
@@ -66,7 +67,12 @@ class AccumulatingTrainer(TrainerBase):
         Raises:
             FloatingPointError: a loss is infinite or NaN, in every process; it names the images and the file that
                 holds the batch. With "skip" only after 20 such iterations in a row.
+            RuntimeError: a loader worker has died, or cannot hand over what it loaded; says what to do.
         """
+        with explained():
+            self._run_step()
+
+    def _run_step(self):
         if not self.model.training:
             raise RuntimeError("the model was put into eval mode during training; call model.train() after evaluating")
         self.optimizer.zero_grad()

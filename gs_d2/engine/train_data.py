@@ -7,6 +7,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler
 
+from gs_d2.data.workers import send_errors
 from gs_d2.engine.seeding import ORDER, SAMPLE, derive_seeds, seed_generators
 
 
@@ -98,6 +99,7 @@ class SeededViews(Dataset):
         return len(self._views)
 
     def __getitem__(self, place_and_row: tuple[int, int]):
+        send_errors()
         place, row = place_and_row
         seed_generators(self._seed, SAMPLE, place)
         return self._views[row]

@@ -7,7 +7,7 @@ import weakref
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -15,15 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gs_d2.checkpoint import Checkpointer
 from gs_d2.data import build_test_loader, build_training_views, register_subset
-from gs_d2.engine.checks import check_training
+from gs_d2.data.workers import explained
+from gs_d2.engine.checks import check_classes, check_training
+from gs_d2.engine.metrics_file import with_strict_json
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.schedule import FLAT_DECAY, FlatThenDecay
 from gs_d2.engine.step import AccumulatingTrainer
 from gs_d2.engine.train_data import TrainLoader
 from gs_d2.engine.watchdog import DetectionWatch, TrainingWatch
 from gs_d2.evaluation import (
+    CocoEvaluator,
     CocoRecallEvaluator,
-    CocoSubsetEvaluator,
     FaceEvalEvaluator,
     FDDBEvaluator,
     WiderFaceEvaluator,
@@ -47,7 +49,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         """
         Raises:
-            ValueError: settings of the solver that contradict each other (:func:`gs_d2.engine.checks.check_training`).
+            ValueError: settings of the solver that contradict each other (:func:`gs_d2.engine.checks.check_training`);
+                or a data set cannot be trained on or tested on, which is said now and not after training.
         """
         TrainerBase.__init__(self)  # DefaultTrainer's own gives DDP a GPU and takes no other trainer of steps
         for name in ("detectron2", "gs_d2"):
@@ -58,6 +61,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        self.check_evaluation(cfg)
+        check_classes(cfg)
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
         self._trainer = AccumulatingTrainer(
@@ -105,6 +110,9 @@ class Trainer(DefaultTrainer):
         )
         return LRMultiplier(optimizer, multiplier=multiplier, max_iter=cfg.SOLVER.MAX_ITER)
 
+    def build_writers(self):
+        return with_strict_json(super().build_writers())
+
     def build_hooks(self):
         """Detectron2's, with evaluations of the averaged weights where there are any, and a watch over the scores."""
         evaluation = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
@@ -146,8 +154,17 @@ class Trainer(DefaultTrainer):
                 DatasetEvaluators([cls.build_evaluator(cfg, name), DetectionWatch(name, scales)])
                 for name in cfg.DATASETS.TEST
             ]
-        with _detections_by_scale(cfg, model):
+        with explained(), _detections_by_scale(cfg, model):
             return super().test(cfg, PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model, evaluators)
+
+    @classmethod
+    def check_evaluation(cls, cfg):
+        """Builds what :meth:`test` uses, so that a data set that cannot be evaluated is refused before training; to be
+        overridden where `test` is."""
+        for name in cfg.DATASETS.TEST:
+            cls.build_test_loader(cfg, name)
+            with contextlib.suppress(NotImplementedError):  # as Detectron2's `test` does
+                cls.build_evaluator(cfg, name)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -184,8 +201,7 @@ class Trainer(DefaultTrainer):
         if evaluator_type == "coco" and description_of(cfg.MODEL.META_ARCHITECTURE).class_agnostic:
             return CocoRecallEvaluator(dataset_name, output_folder, setting=setting)
         if evaluator_type == "coco":
-            evaluator = CocoSubsetEvaluator if subset_of else COCOEvaluator
-            return evaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
+            return CocoEvaluator(dataset_name, ("bbox",), output_dir=output_folder, use_fast_impl=False)
         raise ValueError(f"There is no evaluator for {dataset_name}, of evaluator_type {evaluator_type!r}")
 
     # Detectron2 0.5 leaves the optimizer out of its checkpoints, so that a resumed run would begin without momentum and

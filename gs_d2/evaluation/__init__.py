@@ -7,8 +7,8 @@ when one of them is first asked for.
 from importlib import import_module
 
 _EXPORTS = {
+    "CocoEvaluator": "gs_d2.evaluation.coco_evaluator",
     "CocoRecallEvaluator": "gs_d2.evaluation.coco_recall_evaluator",
-    "CocoSubsetEvaluator": "gs_d2.evaluation.coco_subset_evaluator",
     "FDDBEvaluator": "gs_d2.evaluation.fddb_evaluator",
     "FaceEvalEvaluator": "gs_d2.evaluation.face_eval_evaluator",
     "WiderFaceEvaluator": "gs_d2.evaluation.wider_face_evaluator",

@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from gs_d2.evaluation.coco_ground_truth import coco_ground_truth
 from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, by_score
 from gs_d2.evaluation.report import Result, json_number
 
@@ -31,25 +32,31 @@ class CocoRecallEvaluator(DetectionEvaluator):
     where the data set has no object of a size.
 
     Args:
-        dataset_name: a data set registered in COCO's format: its metadata has `json_file`, and `image_ids` if only
-            these images of the file are to be evaluated.
+        dataset_name: a registered data set. Where its metadata has `json_file`, a file of COCO's format, the
+            annotations are that file's; `image_ids` names its images if only some are to be evaluated.
         output_dir: where results.json goes. None: nothing is written.
         distributed, setting: as :class:`DetectionEvaluator`.
         limits: the most detections of an image that count, ascending.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is built, as :func:`coco_ground_truth`; or there are no annotations.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, *, limits=(100, 1000), **kwargs):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._limits = [int(limit) for limit in limits]
+        self._ground_truth = coco_ground_truth(dataset_name)
+        if "annotations" not in self._ground_truth.dataset:
+            where = MetadataCatalog.get(dataset_name).get("json_file", dataset_name)
+            raise ValueError(f"{where} has no annotations, without which there is no recall")
 
     def _keep(self, image, rows, output):
         return as_xywh(by_score(rows)[: self._limits[-1]])
 
     def _evaluate(self, kept):
         with contextlib.redirect_stdout(io.StringIO()):
-            metadata = MetadataCatalog.get(self._dataset_name)
-            ground_truth = COCO(metadata.json_file)
-            image_ids = metadata.get("image_ids") or ground_truth.getImgIds()
+            ground_truth = self._ground_truth
+            image_ids = MetadataCatalog.get(self._dataset_name).get("image_ids") or ground_truth.getImgIds()
             self._warn_of_others(image_ids, kept)
             evaluation = COCOeval(ground_truth, _as_coco(ground_truth, self._in_order(image_ids, kept)), "bbox")
             evaluation.params.imgIds = image_ids

@@ -53,9 +53,11 @@ class DetectionEvaluator(DatasetEvaluator):
             outputs: dicts with `instances`, which have `pred_boxes` and `scores`.
 
         Raises:
-            ValueError: for NaN or infinity in a detection.
+            ValueError: for NaN or infinity in a detection, or an input without `image_id`.
         """
         for image, output in zip(inputs, outputs, strict=True):
+            if "image_id" not in image:
+                raise ValueError(f"{image.get('file_name', 'an input')} has no image_id, by which it is evaluated")
             rows = rows_of(output["instances"].to("cpu"), image["image_id"])
             self._kept[image["image_id"]] = self._keep(image, rows, output)
 
@@ -81,7 +83,7 @@ class DetectionEvaluator(DatasetEvaluator):
         """Evaluates image id -> what was kept of it, for the whole data set, on the main process."""
         raise NotImplementedError
 
-    def _warn_of_others(self, image_ids: Iterable[str], kept: dict) -> None:
+    def _warn_of_others(self, image_ids: Iterable[str | int], kept: dict) -> None:
         """Warns of images of the data set that were not processed, and of images that are not in the data set."""
         image_ids = list(image_ids)
         missing = [image_id for image_id in image_ids if image_id not in kept]
@@ -90,14 +92,14 @@ class DetectionEvaluator(DatasetEvaluator):
                 f"{len(missing)} of {len(image_ids)} images of {self._dataset_name} were not "
                 f"processed and count as without detections, the first is {missing[0]}"
             )
-        unknown = sorted(kept.keys() - set(image_ids))
+        unknown = sorted(kept.keys() - set(image_ids), key=str)
         if unknown:
             _logger.warning(f"{len(unknown)} images are not in the ground truth, the first is {unknown[0]}")
 
-    def _in_order(self, image_ids: Iterable[str], kept: dict) -> dict:
+    def _in_order(self, image_ids: Iterable[str | int], kept: dict) -> dict:
         """What was kept, in the order of the data set, so that ties are the same for any number of processes."""
         rank = {image_id: i for i, image_id in enumerate(image_ids)}
-        return dict(sorted(kept.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
+        return dict(sorted(kept.items(), key=lambda item: (rank.get(item[0], len(rank)), str(item[0]))))
 
     def _present(self, result: Result, headline: str, write_detections: Callable[[Path], None] | None = None) -> None:
         """Logs the result below a headline, and writes detections and result where there is an output_dir."""

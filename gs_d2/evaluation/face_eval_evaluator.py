@@ -7,8 +7,10 @@ import numpy as np
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
+from gs_d2.data.catalog import load_records
+from gs_d2.data.records import faces_of
 from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, by_score
 from gs_d2.evaluation.face_eval import evaluate_face_eval
 from gs_d2.formats.face_eval import FaceEvalAnnotations, write_detections
@@ -23,31 +25,41 @@ class FaceEvalEvaluator(DetectionEvaluator):
     `evaluate` gives {"afw": {"ap"}} or {"pascal_face": {"ap"}}.
 
     Args:
-        dataset_name: a registered data set whose dicts have `image_id`, `gt_boxes` (n, 4) XYXY and `gt_ignore`
-            (n,); its metadata has `benchmark` (`afw` or `pascal_face`), else the metric has the data set's name.
+        dataset_name: a registered data set whose dicts have `image_id` and boxes as
+            :func:`gs_d2.data.records.faces_of` reads them; its metadata has `benchmark` (`afw` or `pascal_face`), else
+            the metric has the data set's name.
         output_dir: where detections.txt, results.json, pr_curves.npz and pr_curve.png go. None: nothing is
             written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
         setting: name -> value of what the metrics depend on, shown beside the table.
         y_shift: lowers the top of each box by this fraction of its height before it is evaluated
             (`evaluate_face_eval`). detections.txt has the boxes as they were detected.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is built: the data set cannot be evaluated
+            (:func:`gs_d2.data.catalog.load_records`), or an `image_id` has blanks, which divide the file's columns.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, *, y_shift: float = 0.0, **kwargs):
         super().__init__(dataset_name, output_dir, **kwargs)
         self._y_shift = y_shift
+        faces = {}
+        for record in load_records(dataset_name, for_training=False):
+            image_id = record["image_id"]
+            if len(str(image_id).split()) != 1:
+                raise ValueError(f"{dataset_name}: image_id {image_id!r} has blanks: name the image without")
+            faces[image_id] = faces_of(record)
+        self._annotations = FaceEvalAnnotations(
+            {image_id: of_image.boxes.astype(np.float64) for image_id, of_image in faces.items()},
+            {image_id: of_image.ignore for image_id, of_image in faces.items()},
+            MetadataCatalog.get(dataset_name).get("benchmark", dataset_name),
+        )
 
     def _keep(self, image, rows, output):
         return by_score(quantize(rows))
 
     def _evaluate(self, kept):
-        benchmark = MetadataCatalog.get(self._dataset_name).get("benchmark", self._dataset_name)
-        dicts = DatasetCatalog.get(self._dataset_name)
-        annotations = FaceEvalAnnotations(
-            {d["image_id"]: d["gt_boxes"].astype(np.float64) for d in dicts},
-            {d["image_id"]: d["gt_ignore"] for d in dicts},
-            benchmark,
-        )
+        annotations, benchmark = self._annotations, self._annotations.benchmark
         self._warn_of_others(annotations.boxes, kept)
         detections = self._in_order(annotations.boxes, kept)
         result = evaluate_face_eval(annotations, detections, y_shift=self._y_shift)

@@ -1,6 +1,5 @@
 """A result as a person reads it (tables, percent) and as a program does (results.json, fractions)."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gs_d2.formats.json_text import json_text
 from gs_d2.formats.whole_file import write_text
 
 # Above this lowest score, detections that the curve needs were cut off: a threshold of 0.5 costs 3 points on
@@ -77,7 +77,7 @@ def present(
 def write_summary(result: Result, setting: Mapping, path: str | os.PathLike) -> None:
     """Writes the summary with `setting` as JSON, whole or not at all, into a folder that is made where missing."""
     summary = {**result.summary(), "setting": {**setting, **result.setting()}}
-    write_text(path, json.dumps(summary, indent=1, default=str, allow_nan=False) + "\n")
+    write_text(path, json_text(summary, indent=1) + "\n")
 
 
 def format_setting(setting: Mapping) -> str:

@@ -9,11 +9,13 @@ import numpy as np
 
 from gs_d2 import compat  # noqa: F401  isort: skip
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
+from gs_d2.data.catalog import load_records
+from gs_d2.data.records import check_record
 from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, rows_of
 from gs_d2.evaluation.wider_face import SCALE_SUBSETS, WiderResult, evaluate_wider_face
-from gs_d2.formats.files import quantize
+from gs_d2.formats.files import is_inside, quantize
 from gs_d2.formats.wider_face import WiderGroundTruth
 from gs_d2.formats.wider_predictions import write_wider_predictions
 
@@ -32,16 +34,30 @@ class WiderFaceEvaluator(DetectionEvaluator):
     is.
 
     Args:
-        dataset_name: a registered WIDER dataset. Its dicts have `image_id` "<event>/<image>", `gt_boxes` (n,
-            4) XYXY and `attributes`; its metadata has `ground_truth_dir`, the folder of the official `.mat`
-            files. Without these files only `all` and `all_valid` (and the attributes) can be computed, from
-            the dicts. With `image_ids` in the metadata only these images of the files are evaluated.
+        dataset_name: a registered WIDER dataset, or faces of one's own: dicts with `image_id`, "<event>/<image>" in
+            WIDER, and boxes as :func:`gs_d2.data.records.faces_of` reads them, optionally `attributes`. Its metadata
+            has `ground_truth_dir`, the folder of the official `.mat` files. Without these files only `all` and
+            `all_valid` (and the attributes) can be computed, from the dicts. With `image_ids` in the metadata only
+            these images of the files are evaluated.
         output_dir: where predictions, results.json, pr_curves.npz and pr_curve.png go. None: nothing is
             written.
         distributed: whether each process sees a part of the images; False evaluates this process alone.
         setting: name -> value of what the metrics depend on (test sizes, score threshold, NMS, most
             detections an image), shown beside the table.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is built: the data set cannot be evaluated
+            (:func:`gs_d2.data.catalog.load_records`), or an `image_id` cannot be the name of a file of predictions.
     """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None, **kwargs):
+        super().__init__(dataset_name, output_dir, **kwargs)
+        for record in load_records(dataset_name, for_training=False):
+            if not is_inside(str(record["image_id"])):
+                raise ValueError(
+                    f"{dataset_name}: image_id {record['image_id']!r} ({record.get('file_name')}) cannot name a file "
+                    "of predictions: make it a relative path such as event/image"
+                )
 
     def _keep(self, image, rows, output):
         by_scale = None
@@ -78,12 +94,14 @@ class WiderFaceEvaluator(DetectionEvaluator):
             if not detections or not detections.keys().isdisjoint(ground_truth.image_ids):
                 image_ids = metadata.get("image_ids")
                 return ground_truth if image_ids is None else ground_truth.of_images(image_ids)
-        dicts = DatasetCatalog.get(self._dataset_name)
-        ground_truth = WiderGroundTruth.from_boxes(
-            [d["image_id"] for d in dicts],
-            [d.get("gt_boxes", ()) for d in dicts],
-            [d.get("attributes", {}) for d in dicts],
-        )
+        image_ids, boxes, attributes = [], [], []
+        for record in load_records(self._dataset_name, for_training=False):
+            faces = check_record(record, for_training=False)
+            image_ids.append(record["image_id"])
+            boxes.append(() if faces is None else faces.boxes)
+            invalid = {} if faces is None else {"invalid": faces.ignore}
+            attributes.append({**invalid, **record.get("attributes", {})})
+        ground_truth = WiderGroundTruth.from_boxes(image_ids, boxes, attributes)
         if not len(ground_truth.boxes):  # the test set
             return ground_truth
         _logger.warning(

@@ -65,7 +65,7 @@ def read_wider_predictions(path: str | os.PathLike, image_ids: Iterable[str]) ->
 
     Args:
         path: a folder or a zip with `<event>/<image>.txt`, possibly inside other folders.
-        image_ids: the `<event>/<image>` to read.
+        image_ids: the `<event>/<image>` to read; of one's own images any that can be written.
 
     Raises:
         FileNotFoundError: if `path` does not exist.
@@ -75,13 +75,14 @@ def read_wider_predictions(path: str | os.PathLike, image_ids: Iterable[str]) ->
     predictions = WiderPredictions()
     with FileTree(path) as tree:
         files = {}
-        wanted = set(image_ids)
+        wanted = {str(image_id): image_id for image_id in image_ids}
         for name in tree.names:
             parts = PurePosixPath(name).parts
             if not name.endswith(".txt"):
                 continue
-            image_id = "/".join(parts[-2:])[: -len(".txt")]
-            if image_id not in wanted:
+            ends = ("/".join(parts[i:])[: -len(".txt")] for i in range(len(parts)))
+            image_id = next((wanted[end] for end in ends if end in wanted), None)
+            if image_id is None:
                 predictions.num_unknown += 1
             elif image_id in files:
                 raise ValueError(f"{path}: both {files[image_id]} and {name} are for {image_id}; remove one")
@@ -110,11 +111,11 @@ def write_wider_predictions(detections: Mapping[str, np.ndarray], path: str | os
 
     Args:
         detections: `<event>/<image>` -> ndarray[n, 5] `x y w h score`, w = x2 - x1. n = 0 writes a count of
-            0.
+            0. Images of one's own may have any relative path, or a number; the official tool reads no others.
         path: a folder, made where missing, or a name that ends in `.zip` for one zip of the same tree.
 
     Raises:
-        ValueError: for an id that is not `<event>/<image>`, or a NaN or an infinity.
+        ValueError: for an id that is no relative path, or a NaN or an infinity.
     """
     path = Path(path)
     archive = None
@@ -122,15 +123,15 @@ def write_wider_predictions(detections: Mapping[str, np.ndarray], path: str | os
         path.parent.mkdir(parents=True, exist_ok=True)
         archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
     try:
-        for image_id in sorted(detections):
-            parts = PurePosixPath(image_id).parts
-            if len(parts) != 2 or not is_inside(image_id):
-                raise ValueError(f"image id must be '<event>/<image>', got {image_id!r}")
+        for image_id in sorted(detections, key=str):
+            if not is_inside(str(image_id)):
+                raise ValueError(f"image id must be a relative path, '<event>/<image>' in WIDER FACE, got {image_id!r}")
             rows = np.asarray(detections[image_id], dtype=np.float64).reshape(-1, 5)
             if not np.isfinite(rows).all():
                 raise ValueError(f"{image_id}: a detection with NaN or infinity")
             rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-            lines = [parts[1], str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
+            name = PurePosixPath(str(image_id)).name
+            lines = [name, str(len(rows)), *(f"{BOX_FORMAT} {SCORE_FORMAT}" % tuple(row) for row in rows)]
             text = "\n".join(lines) + "\n"
             if archive is not None:
                 archive.writestr(f"{image_id}.txt", text)

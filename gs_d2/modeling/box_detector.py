@@ -30,10 +30,12 @@ class BoxDetector(nn.Module):
     with `nms_thresh`, TEST.GS.BOX_VOTING too; with `by_scale` and `split_by_scale`, the detections of each scale).
 
     Attributes:
-        class_agnostic (bool): True, see :class:`gs_d2.modeling.description.Description`.
+        class_agnostic (bool), num_classes_key: True and None, see
+            :class:`gs_d2.modeling.description.Description`.
     """
 
     class_agnostic = True
+    num_classes_key = None
 
     def __init__(
         self,

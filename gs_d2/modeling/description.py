@@ -84,6 +84,7 @@ class Description(NamedTuple):
 
     Attributes:
         class_agnostic (bool): its detections have no classes, so that recall is all that COCO can measure.
+        num_classes_key (str): the config key that holds how many classes it tells apart; None where there is none.
         test_settings: cfg -> :class:`DetectionSettings`, which its `from_config` uses as well.
         breaking_defaults: cfg -> list[:class:`BreakingDefault`].
         contradictions: cfg, training (bool) -> list[str]: settings that contradict each other in this detector, in
@@ -93,6 +94,7 @@ class Description(NamedTuple):
     """
 
     class_agnostic: bool
+    num_classes_key: str | None
     test_settings: Callable
     breaking_defaults: Callable
     contradictions: Callable
@@ -103,6 +105,7 @@ class _Undescribed:
     """The answers of a detector that says nothing."""
 
     class_agnostic = False
+    num_classes_key = None
 
     @classmethod
     def test_settings(cls, cfg):

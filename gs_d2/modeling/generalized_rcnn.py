@@ -22,5 +22,6 @@ class GeneralizedRCNNWithOurParts:
     def unread_keys(cls, cfg):
         return {key: hint for key, hint in GroupedFastRCNN.unread_keys(cfg).items() if key not in OF_RPN_DETECTORS}
 
+    num_classes_key = GroupedFastRCNN.num_classes_key
     breaking_defaults = GroupedFastRCNN.breaking_defaults
     contradictions = GroupedFastRCNN.contradictions

@@ -139,6 +139,7 @@ class GroupedFastRCNN(RPNDetector):
     """
 
     class_agnostic = False
+    num_classes_key = "MODEL.ROI_HEADS.NUM_CLASSES"
 
     @configurable
     def __init__(self, *, roi_heads: nn.Module, **detector):

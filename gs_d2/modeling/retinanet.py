@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gs_d2.modeling.description import OTHER_SAMPLES, TOO_FEW_DETECTIONS, DetectionSettings
 from gs_d2.modeling.group_loss import GroupLoss
+from gs_d2.modeling.gt_classes import check_gt_classes
 from gs_d2.modeling.matcher import Matches
 from gs_d2.modeling.nms import select_detections
 from gs_d2.modeling.rpn_heads import DilatedRPNHead
@@ -31,6 +32,8 @@ class GroupSamplingRetinaNet(RetinaNet):
     focal loss and no sampling the loss is Detectron2's, but for its normalisation: by the positives of each image,
     where Detectron2 takes a moving average over iterations of those of the batch.
     """
+
+    num_classes_key = "MODEL.RETINANET.NUM_CLASSES"
 
     @configurable
     def __init__(self, *, group_loss: GroupLoss, **retinanet):
@@ -108,8 +111,13 @@ class GroupSamplingRetinaNet(RetinaNet):
 
     def forward(self, batched_inputs: list[dict]):
         """As Detectron2's; in training each image's dict may have `ignore_boxes` (Boxes), regions in which no anchor is
-        a negative."""
+        a negative.
+
+        Raises:
+            ValueError: an object is of a class that the detector does not have.
+        """
         if self.training:
+            check_gt_classes(batched_inputs, self.num_classes, self.num_classes_key)
             batched_inputs = [_with_ignore_boxes(x) for x in batched_inputs]
         return super().forward(batched_inputs)
 

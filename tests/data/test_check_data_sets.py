@@ -24,7 +24,13 @@ def base(drawn_datasets, tmp_path):
     images = base / "WIDER_val/images"
     (base / "files.txt").write_text("".join(f"{p.parent.name}/{p.name}\n" for p in sorted(images.rglob("*.jpg"))))
     register_wider_face(NAMES[2], base / "files.txt", images)
-    (base / "coco.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    first = sorted(images.rglob("*.jpg"))[0]
+    content = {
+        "images": [{"id": 1, "file_name": f"{first.parent.name}/{first.name}", "height": 96, "width": 128}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40]}],
+        "categories": [{"id": 1, "name": "face"}],
+    }
+    (base / "coco.json").write_text(json.dumps(content))
     register_coco_instances(NAMES[3], {}, str(base / "coco.json"), str(images))
     register_fddb(NAMES[4], base / "FDDB-folds", base / "originalPics")
     register_face_eval(NAMES[5], "afw", base / "annotations", base / "testimages")

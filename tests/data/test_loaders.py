@@ -117,9 +117,9 @@ def test_a_wrong_folder_is_noticed_after_a_hundred_images(data_set, caplog):
 def test_errors_of_the_program_are_not_bad_images(data_set):
     data_set(3)
     records = DatasetCatalog.get(NAME)
-    del records[1]["gt_boxes"]
+    del records[1]["gt_boxes"], records[1]["annotations"]
     mapper = FaceDatasetMapper(config(), is_train=True)
-    with pytest.raises(KeyError, match="gt_boxes"):
+    with pytest.raises(ValueError, match="it has neither gt_boxes nor annotations"):
         TrainingViews(records, mapper)[1]
     mapper.augmentations = lambda image: np.zeros(3).reshape(2)  # raises ValueError, as bad images do
     with pytest.raises(ValueError, match="reshape"):

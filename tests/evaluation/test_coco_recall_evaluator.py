@@ -126,7 +126,7 @@ def test_detectron2s_recall_is_another_rule(tmp_path):
         {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 1e4, "iscrowd": 0}
         for i, box in enumerate(objects)
     ]
-    images, categories = [{"id": 1, "file_name": "", "height": 130, "width": 100}], [{"id": 1, "name": "object"}]
+    images, categories = [{"id": 1, "file_name": "a", "height": 130, "width": 100}], [{"id": 1, "name": "object"}]
     path = tmp_path / "objects.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories, "info": {}}))
     register_coco_instances(name, {}, str(path), "")

@@ -1,5 +1,6 @@
 """tools/evaluate.py and the evaluators present the same detections alike: table, results.json, curves and picture."""
 
+import json
 import logging
 
 import evaluate
@@ -14,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 
 from gs_d2.data import register_face_eval, register_fddb, register_wider_face
 from gs_d2.evaluation import FaceEvalEvaluator, FDDBEvaluator, WiderFaceEvaluator
+from gs_d2.evaluation.report import Result, write_summary
 
 NAME = "one_presentation_test"
 UNKNOWN = "9--Unknown/image"  # an image with detections that is in no ground truth
@@ -96,3 +98,13 @@ def test_tool_and_evaluator_write_the_same(evaluator_of, tmp_path, caplog, capsy
     summary = (folder / "results.json").read_text()
     assert (tmp_path / "metrics.json").read_text() == summary
     assert '"num_missing": 0,' not in summary and '"num_unknown": 1,' in summary
+
+
+def test_settings_may_be_infinite_or_numpys(tmp_path):
+    class Nothing(Result):
+        def summary(self):
+            return {"ap": None}
+
+    write_summary(Nothing(), {"level box size": [0.0, float("inf")], "scales": np.array([1, 2])}, tmp_path / "a.json")
+    expected = {"ap": None, "setting": {"level box size": [0.0, None], "scales": [1, 2]}}
+    assert json.loads((tmp_path / "a.json").read_text()) == expected

@@ -11,7 +11,7 @@ from test_coco_recall_evaluator import noisy_detections
 from test_wider_face_evaluator import IDS, dataset_dicts, outputs_of
 
 from gs_d2.data import register_subset
-from gs_d2.evaluation import CocoRecallEvaluator, CocoSubsetEvaluator, WiderFaceEvaluator, WiderGroundTruth
+from gs_d2.evaluation import CocoEvaluator, CocoRecallEvaluator, WiderFaceEvaluator, WiderGroundTruth
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_wider_face_with_the_official_files(temporary, monkeypatch, tmp_path, ca
     assert json.loads((tmp_path / name / "results.json").read_text())["num_images"] == 3
 
 
-@pytest.mark.parametrize("kind", [CocoRecallEvaluator, CocoSubsetEvaluator])
+@pytest.mark.parametrize("kind", [CocoRecallEvaluator, CocoEvaluator])
 def test_coco(temporary, coco_toy, tmp_path, caplog, kind):
     name = register_subset("coco_toy_val", 2)
     image_ids = MetadataCatalog.get(name).image_ids

@@ -163,10 +163,8 @@ def test_layout_of_a_written_file(tmp_path):
     assert lines == ["a_1", "2", "0.000 0.000 1.000 1.000 0.75000000", "1.000 2.000 3.500 4.000 0.25000000"]
 
 
-@pytest.mark.parametrize(
-    "image_id", ["a_1", "x/0--Parade/a_1", "../a_1", "/a_1", "a/..", "C:/a_1", "a/..\\..\\b", "a/b\n9"]
-)
-def test_ids_that_are_not_event_and_image(tmp_path, image_id):
+@pytest.mark.parametrize("image_id", ["", "../a_1", "/a_1", "a/..", "C:/a_1", "a/..\\..\\b", "a/b\n9"])
+def test_ids_that_leave_the_folder(tmp_path, image_id):
     with pytest.raises(ValueError, match="image id"):
         write_wider_predictions({image_id: np.zeros((0, 5))}, tmp_path / "out")
     assert not list(tmp_path.rglob("*.txt"))
@@ -175,3 +173,13 @@ def test_ids_that_are_not_event_and_image(tmp_path, image_id):
 def test_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"0--Parade/a_1.*NaN"):
         write_wider_predictions({IDS[0]: [[1, 2, 3, 4, np.nan]]}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_images_of_ones_own_may_have_any_path_or_number(tmp_path, name):
+    detections = {5: np.zeros((0, 5)), "plain": [[1, 2, 3, 4, 0.5]], "a/b/c": [[1, 2, 3, 4, 0.25]]}
+    write_wider_predictions(detections, tmp_path / name)
+    found = read_wider_predictions(tmp_path / name, detections)
+    assert list(found.detections) == [5, "plain", "a/b/c"] and not found.missing
+    assert [len(rows) for rows in found.detections.values()] == [0, 1, 1]
+    assert found.detections["a/b/c"].tolist() == [[1, 2, 3, 4, 0.25]]

@@ -67,6 +67,18 @@ def test_bad_images_are_named_and_left_out(records, tmp_path, capfd, caplog, mon
     assert (capfd.readouterr().err + caplog.text).count(f"{bad}: cannot be read as an image") == 1
 
 
+@pytest.mark.parametrize("source", ["annotation", "dataloader"])
+def test_coco_is_drawn(coco_toy, tmp_path, source):
+    options = ["--config-file", "configs/coco/fpn.yaml", "--num-images", "2", "--output-dir", str(tmp_path)]
+    options = [*options, *OPTS, "DATASETS.TRAIN", "('coco_toy_train',)", "INPUT.GS.MAX_CROP_SIZE", "130"]
+    main(["--source", source, *options])
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 2 and all(path.stem.split("_")[0].isdigit() for path in written)
+    if source == "annotation":
+        with Image.open(tmp_path / "1.jpg") as picture:
+            assert has_colour(picture, FACE) and has_colour(picture, IGNORED), "objects, and a crowd"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

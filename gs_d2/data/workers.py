@@ -1,0 +1,87 @@
+"""Loader workers that cannot hand over what they loaded, or have died: training ends with the reason, and never waits.
+
+A worker's images travel through shared memory, /dev/shm on Linux, of which a container has 64 MB unless told
+otherwise. Where there is no room, Python's queue drops the image in a thread of the worker and prints a traceback;
+torch would wait for that image for ever. A worker that the system kills is noticed by torch, but not explained.
+"""
+
+import contextlib
+import os
+import shutil
+from multiprocessing.queues import Queue
+
+from torch._utils import ExceptionWrapper
+from torch.utils.data import Dataset, get_worker_info
+
+_SHARED_MEMORY = "/dev/shm"
+# What torch says of workers that died, and of a file descriptor that did not arrive.
+_OF_WORKERS = ("DataLoader worker", "received 0 items of ancdata")
+
+
+class InWorkers(Dataset):
+    """Another data set, which loader workers hand over or say why they cannot."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        send_errors()
+        return self._dataset[index]
+
+
+def send_errors() -> None:
+    """In a loader worker, before its first item is handed over: what cannot be handed over becomes a RuntimeError of
+    the process that waits for it. Does nothing elsewhere."""
+    if get_worker_info() is not None:
+        Queue._on_queue_feeder_error = _send_error
+
+
+class _Unsent(ExceptionWrapper):
+    """What torch raises in place of an item; only text, which needs no shared memory."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def reraise(self):
+        raise RuntimeError(self.message)
+
+
+def _send_error(queue: Queue, error: Exception, item) -> None:
+    """Python's hook for an item of a queue that could not be sent; a worker's are (number of the batch, batch)."""
+    message = f"A loader worker cannot hand over what it has loaded: {error}. {_advice(error)}"
+    if isinstance(item, tuple) and len(item) == 2:
+        queue.put((item[0], _Unsent(message)))
+        return
+    print(message, flush=True)
+    os._exit(1)  # torch notices that
+
+
+@contextlib.contextmanager
+def explained():
+    """Within it what torch raises of a worker that has died, which may be at any time, also says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _OF_WORKERS):
+            raise
+        raise RuntimeError(f"{error} {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    said = str(error)
+    if "Too many open files" in said or "ancdata" in said:
+        return "Raise the limit of open files (ulimit -n), or set DATALOADER.NUM_WORKERS 0"
+    if not any(text in said for text in ("shared memory", "/torch_", "No space left", *_OF_WORKERS)):
+        return "Correct what the data set's mapper returns; with DATALOADER.NUM_WORKERS 0 it need not be handed over"
+    room = ""
+    if os.path.isdir(_SHARED_MEMORY):
+        total, _, free = shutil.disk_usage(_SHARED_MEMORY)
+        room = f", which has {total / 2**20:.0f} MB, {free / 2**20:.0f} MB of them free"
+    return (
+        f"Workers hand images over in {_SHARED_MEMORY}{room}: make it larger (docker run --shm-size=8g), or lower "
+        "DATALOADER.NUM_WORKERS (0 loads in the training process itself). A worker that was 'Killed' had too little "
+        "memory"
+    )
