@@ -377,7 +377,15 @@ RULES = {
     "hits": Rule(files=("gs_d2/analysis/hits.py",), may=("numpy", "torch", "gs_d2.ops")),
     "score calibration": Rule(
         files=("gs_d2/analysis/score_calibration.py",),
-        may=("numpy", "torch", "gs_d2.analysis.hits", "gs_d2.modeling.calibration", "gs_d2.ops", "gs_d2.sampling"),
+        may=(
+            "numpy",
+            "torch",
+            "gs_d2.data.records",
+            "gs_d2.analysis.hits",
+            "gs_d2.modeling.calibration",
+            "gs_d2.ops",
+            "gs_d2.sampling",
+        ),
     ),
     "analysis": Rule(  # of a config: builds its parts, trains none
         files=("gs_d2/analysis/*.py",),

@@ -12,12 +12,12 @@ written. Single-stage detectors with one feature map only; the test settings are
 
 import argparse
 
-from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from gs_d2.analysis.score_calibration import calibration_of
 from gs_d2.command_line import bad_input_ends, parser_of
 from gs_d2.config import load_config
+from gs_d2.data.catalog import load_records
 from gs_d2.data.subset import register_subset
 from gs_d2.engine import Trainer
 from gs_d2.modeling.calibration import calibrate_head
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None):
         )
     Trainer.build_checkpointer(model, "").load(cfg.MODEL.WEIGHTS)
     dataset = register_subset(args.dataset, args.images)
-    loader, dataset_dicts = Trainer.build_test_loader(cfg, dataset), DatasetCatalog.get(dataset)
+    loader, dataset_dicts = Trainer.build_test_loader(cfg, dataset), load_records(dataset, for_training=False)
     images = ((inputs[0], d) for inputs, d in zip(tqdm(loader, unit="image"), dataset_dicts, strict=True))
     calibration, counts = calibration_of(model.eval(), images, rpn.anchor_generator.scales)
     calibrate_head(rpn, calibration)

@@ -7,6 +7,7 @@ import torch
 
 from gs_d2 import ops
 from gs_d2.analysis.hits import match_detections
+from gs_d2.data.records import faces_of
 from gs_d2.modeling.calibration import ScaleCalibration, fit_calibration
 from gs_d2.sampling import group_by_scale
 
@@ -38,7 +39,7 @@ def calibration_of(model, images: Iterable[tuple[dict, dict]], scales: list[floa
 
     Args:
         model: in eval mode; a detector whose detections have `group_scales`, such as :class:`RPNDetector`.
-        images: what the model takes of each image, and its dataset dict, with `gt_boxes` [n, 4] and `gt_ignore` [n].
+        images: what the model takes of each image, and its dataset dict, of which :func:`faces_of` reads the boxes.
         scales: the model's anchor scales, ascending, in pixels.
 
     Returns:
@@ -50,7 +51,7 @@ def calibration_of(model, images: Iterable[tuple[dict, dict]], scales: list[floa
     logits, of_scale, labels = [], [], []
     for inputs, dataset_dict in images:
         found = model([inputs])[0]["instances"].to("cpu")
-        boxes, ignore = np.asarray(dataset_dict["gt_boxes"]).reshape(-1, 4), np.asarray(dataset_dict["gt_ignore"])
+        boxes, ignore, _ = faces_of(dataset_dict)
         truth = torch.from_numpy(judge(found.pred_boxes.tensor.numpy(), boxes[~ignore], boxes[ignore]))
         found, truth = found[truth >= 0], truth[truth >= 0]
         labels.append(truth == 1)
