@@ -164,7 +164,7 @@ RULES = {
     "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "h5py", "PIL", "tqdm", "gs_d2.formats")),
     "data loaders": Rule(
         files=("gs_d2/data/loaders.py",),
-        may=("numpy", "torch", "detectron2.data", "gs_d2.data"),
+        may=("numpy", "torch", "detectron2.data", "gs_d2.data", "gs_d2.formats.images.TransientReadError"),
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
     ),
