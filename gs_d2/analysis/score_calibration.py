@@ -38,7 +38,7 @@ def calibration_of(model, images: Iterable[tuple[dict, dict]], scales: list[floa
     """Runs a detector on images and fits a calibration to what it finds.
 
     Args:
-        model: in eval mode; a detector whose detections have `group_scales`, such as :class:`RPNDetector`.
+        model: in eval mode; a detector whose detections have `anchor_scales`, such as :class:`RPNDetector`.
         images: what the model takes of each image, and its dataset dict, of which :func:`faces_of` reads the boxes.
         scales: the model's anchor scales, ascending, in pixels.
 
@@ -56,7 +56,7 @@ def calibration_of(model, images: Iterable[tuple[dict, dict]], scales: list[floa
         found, truth = found[truth >= 0], truth[truth >= 0]
         labels.append(truth == 1)
         logits.append(found.scores.double().logit().clamp(-_MAX_LOGIT, _MAX_LOGIT))
-        of_scale.append(found.group_scales)
+        of_scale.append(found.anchor_scales)
     logits, of_scale, is_face = (torch.cat(x) if x else torch.empty(0) for x in (logits, of_scale, labels))
     calibration = fit_calibration(logits, of_scale, is_face, scales)
     scale_idxs = group_by_scale(of_scale, scales)

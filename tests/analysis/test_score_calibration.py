@@ -29,7 +29,7 @@ class Known:
     def __call__(self, inputs):
         boxes = torch.tensor([[0.0, 0, 10, 10], [60, 0, 70, 10], [60, 20, 70, 30], [60, 40, 70, 50]])
         found = Instances((100, 100), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.8, 0.8, 0.8]))
-        found.group_scales = torch.tensor([16.0, 16, 16, 33])
+        found.anchor_scales = torch.tensor([16.0, 16, 16, 33])
         return [{"instances": found}]
 
 
