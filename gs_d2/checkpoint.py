@@ -132,7 +132,8 @@ class Checkpointer(DetectionCheckpointer):
             ]
             if problems:
                 whose = ", nor any part of it" * nothing_fits
-                if missing and not any(key.startswith("backbone.") for key in missing) and not nothing_fits:
+                others = {key for key in own if not key.startswith("backbone.")}
+                if others and others != own and others == set(missing):
                     whose = ": it has the weights of a backbone alone, which training begins with"
                 raise ValueError(f"{self._source} does not fit the config's model{whose}. Keys {'; '.join(problems)}")
         return incompatible
