@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,37 @@ def parser_of(text: str | None, **options) -> argparse.ArgumentParser:
         options: of `argparse.ArgumentParser`.
     """
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def folder_for(flag: str, path: str | os.PathLike) -> Path:
+    """The folder that a flag names for files to be written into, made where missing.
+
+    Raises:
+        ValueError: it cannot be made, or not written into; names flag and folder.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:  # ValueError: a zero in the name
+        said = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{flag} {path}: cannot be made a folder ({said}): name another") from error
+    if not writable:
+        raise ValueError(f"{flag} {path}: may not be written into: name another folder")
+    return path
+
+
+def file_for(flag: str, path: str | os.PathLike) -> Path:
+    """The file that a flag names to be written, in a folder that is made where missing.
+
+    Raises:
+        ValueError: it is a folder, or its folder cannot be made or written into; names flag and file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: is a folder: name a file")
+    folder_for(flag, path.parent)
+    return path
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import os
 import yaml
 
 from gs_d2 import compat  # noqa: F401
+from gs_d2.formats.text import decoded
 
 from detectron2.config import CfgNode as CN  # isort: skip
 from detectron2.config import get_cfg  # isort: skip
@@ -247,8 +248,8 @@ class _LocalConfig(CN):
             raise ValueError(f"the _BASE_ {filename} is not a file of this machine")
         if os.path.getsize(filename) > _MAX_CONFIG_BYTES:
             raise ValueError(f"{filename} has more than {_MAX_CONFIG_BYTES >> 20} MiB: not a config")
-        with open(filename, encoding="utf-8") as file:
-            text = io.StringIO(file.read())
+        with open(filename, "rb") as file:
+            text = io.StringIO(decoded(file.read(), filename))
         text.name = filename  # YAML's messages name it
         _check_aliases(yaml.parse(text), filename)
         text.seek(0)

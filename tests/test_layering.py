@@ -65,7 +65,15 @@ RULES = {
     "config": Rule(
         files=("gs_d2/config.py",),
         # data and modeling to register them, the checks when they are asked for
-        may=("yaml", "detectron2.config", "gs_d2.compat", "gs_d2.data", "gs_d2.modeling", "gs_d2.engine.checks"),
+        may=(
+            "yaml",
+            "detectron2.config",
+            "gs_d2.compat",
+            "gs_d2.data",
+            "gs_d2.engine.checks",
+            "gs_d2.formats.text",
+            "gs_d2.modeling",
+        ),
         cfg="anywhere",
     ),
     "unread keys": Rule(files=("gs_d2/unread_keys.py",), may=()),
