@@ -13,10 +13,23 @@ BAD_INPUT = (AssertionError, ImportError, KeyError, OSError, ValueError)
 def parser_of(text: str | None, **options) -> argparse.ArgumentParser:
     """A parser whose help begins with `text`, a script's `__doc__`, as it is.
 
+    From here on what the script prints may have any file name in it (:func:`print_any_name`).
+
     Args:
         options: of `argparse.ArgumentParser`.
     """
+    print_any_name()
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def print_any_name():
+    """Has stdout and stderr write characters that the console does not have as `\\u9854`, instead of raising.
+
+    Such are in file names: a Windows console knows few letters, and names from old zips are not even text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not what a notebook or a test has put there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def folder_for(flag: str, path: str | os.PathLike) -> Path:
