@@ -9,6 +9,8 @@ from pathlib import Path
 # What bad files, configs and arguments raise here and in Detectron2.
 BAD_INPUT = (AssertionError, ImportError, KeyError, OSError, ValueError)
 
+PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".tif", ".tiff")  # of those that matplotlib writes
+
 
 def parser_of(text: str | None, **options) -> argparse.ArgumentParser:
     """A parser whose help begins with `text`, a script's `__doc__`, as it is.
@@ -61,6 +63,20 @@ def file_for(flag: str, path: str | os.PathLike) -> Path:
         raise ValueError(f"{flag} {path}: is a folder: name a file")
     folder_for(flag, path.parent)
     return path
+
+
+def picture_for(flag: str, path: str | os.PathLike) -> Path:
+    """:func:`file_for` of a picture that matplotlib writes: `.png`, where the name has no ending.
+
+    Raises:
+        ValueError: as `file_for`, or matplotlib writes no such pictures.
+    """
+    path = Path(path)
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png") if path.name and not path.is_dir() else path
+    elif path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
+    return file_for(flag, path)
 
 
 @contextlib.contextmanager
