@@ -5,6 +5,7 @@
 
 import io
 import os
+import re
 
 import yaml
 
@@ -14,6 +15,15 @@ from gs_d2.formats.text import decoded
 from detectron2.config import CfgNode as CN  # isort: skip
 from detectron2.config import get_cfg  # isort: skip
 
+# What is added to yacs's message on a value of another type, by the type that is wanted.
+_TYPES = {
+    "bool": "; it must be True or False",
+    "float": "; it must be a number with a point, such as 1.0 or 1e-3",
+    "int": "; it must be a whole number",
+    "list": "; it must be a list, such as [1,2], in quotes in a shell",
+    "str": "; it must be text",
+    "tuple": "; it must be a list, such as (1, 2) or, of names, ('my_faces',), in quotes in a shell",
+}
 _MAX_CONFIG_BYTES = 2**20  # of a file, and of what it stands for when all aliases are written out
 
 
@@ -290,7 +300,9 @@ def _check_aliases(events, filename):
 
 def _text(error: Exception) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # its own text is in quotes
-    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
+    text = text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
+    expected = re.match(r"Type mismatch \(<class '(\w+)'>", text)
+    return text + (_TYPES.get(expected[1], "") if expected else "")
 
 
 def check_pyramid(cfg):

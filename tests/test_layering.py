@@ -168,7 +168,9 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
-    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "h5py", "PIL", "tqdm", "gs_d2.formats")),
+    "formats": Rule(
+        files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "h5py", "PIL", "pillow_heif", "tqdm", "gs_d2.formats")
+    ),
     "data loaders": Rule(
         files=("gs_d2/data/loaders.py",),
         may=("numpy", "torch", "detectron2.data", "gs_d2.data"),

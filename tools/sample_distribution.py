@@ -14,6 +14,8 @@ before and after sampling; of several, their samples as in Fig. 2, named by thei
 The numbers behind a picture are written beside it as .json.
 """
 
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -44,6 +46,8 @@ def main(argv=None):
     if counting.get("num_images", 1) < 1 or counting.get("seed", 0) < 0:
         parser.error("--num-images must be at least 1 and --seed at least 0")
     output = picture_for("--output", args.output)
+    if output.with_suffix(".json").resolve() in [Path(file).resolve() for file in args.metrics]:
+        raise ValueError(f"--output {output}: {output.with_suffix('.json')} would be overwritten by the numbers")
     if args.metrics:
         counted = {"unit": "anchors per image, mean over the run", "detectors": read_runs(args.metrics)}
     else:

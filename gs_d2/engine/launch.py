@@ -7,6 +7,7 @@ import torch
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed
+from torch.multiprocessing import ProcessExitedException
 
 from gs_d2 import compat
 
@@ -33,14 +34,19 @@ def launch(main, args, device: str, main_args: tuple):
         )
     if num_processes == 1:
         return main(*main_args)
-    detectron2_launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=main_args,
-    )
+    try:
+        detectron2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=main_args,
+        )
+    except ProcessExitedException as error:
+        if error.exit_code == 2:  # on bad input, which that process has said
+            sys.exit(2)
+        raise
 
 
 def _run_under_torchrun(main, args, device, main_args):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gs_d2.formats import face_eval, fddb
@@ -38,6 +38,23 @@ SPELLINGS = {
     "UTF-16 BE": lambda text: text.encode("utf-16-be"),
     "UTF-32": lambda text: text.encode("utf-32"),
 }
+BITS = [
+    b"\n",
+    b"\r",
+    b"\0",
+    b" ",
+    b"\t",
+    b"-1",
+    b"nan",
+    b"inf",
+    b"1e400",
+    b"0x1",
+    b"/",
+    b"..",
+    b"\\",
+    b"\xff",
+    b"9" * 30,
+]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -126,3 +143,30 @@ def test_any_bytes_are_text_or_named(content):
         assert str(error).startswith("f:")
     else:
         assert lines == [line.strip() for line in lines]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(sorted(LISTS)))
+def test_any_list_is_read_or_refused_in_one_line_that_names_it(tmp_path, data, name):
+    """Lists with bytes taken out, put in and changed, in any encoding and with any line ends."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    text, read = LISTS[name]
+    spelling = data.draw(st.sampled_from(sorted(SPELLINGS)))
+    content = bytearray(SPELLINGS[spelling](text))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4) | st.sampled_from(BITS))
+    (tmp_path / name).write_bytes(content)
+    try:
+        found = read(tmp_path)
+    except KeyError:  # of this test: the image's name is another now
+        pass
+    except IndexError:
+        assert name == "list.txt" and not read_list(tmp_path / name)
+    except ValueError as error:
+        said = str(error)
+        assert str(tmp_path / name) in said and "\n" not in said, said
+    else:
+        assert found.dtype == np.float64 and np.isfinite(found).all()
+    finally:
+        (tmp_path / name).unlink()
