@@ -1,5 +1,7 @@
 """Sphinx: `make docs` builds these pages into output/docs."""
 
+import re
+
 from gs_d2 import __version__
 
 project = "gs_d2"
@@ -21,9 +23,9 @@ napoleon_use_ivar = True
 
 
 def setup(app):
-    """Notes of measurements are outside of this folder: pages link to them, here as files to download."""
-    app.connect("source-read", link_notes_as_files)
+    """Pages outside of this folder (READMEs, notes of measurements) become files to download."""
+    app.connect("source-read", link_outer_pages_as_files)
 
 
-def link_notes_as_files(app, page, source):
-    source[0] = source[0].replace("](../benchmarks/results/", "](path:../benchmarks/results/")
+def link_outer_pages_as_files(app, page, source):
+    source[0] = re.sub(r"\]\((\.\./[\w./-]+\.md)\)", r"](path:\1)", source[0])

@@ -9,14 +9,14 @@ from gs_d2 import ops
 
 
 def group_by_scale(scales: Tensor, group_scales) -> Tensor:
-    """The group of each box: the nearest of `group_scales` in log2, eq. 4.
+    """Computes the group of each box: the nearest of `group_scales` in log2 (eq. 4).
 
     Args:
-        scales (Tensor[...]): sqrt(w * h) in pixels, positive.
-        group_scales (sequence of float): positive, in pixels, G of them.
+        scales (Tensor[...]): sqrt(w * h) of each box in pixels, positive.
+        group_scales (sequence of float): the G scales of the groups in pixels, positive.
 
     Returns:
-        int64 Tensor of the same shape, in [0, G); the lower index where two are equally near.
+        int64 Tensor of the same shape, in [0, G); the lower index if two scales are equally near.
 
     Example:
         >>> group_by_scale(torch.tensor([5.0, 20.0, 30.0, 500.0]), [16, 32, 64])
@@ -28,13 +28,13 @@ def group_by_scale(scales: Tensor, group_scales) -> Tensor:
 
 
 def first_of_each_group(group_idxs: Tensor, num_groups: int, count: int) -> Tensor:
-    """Rows of the first `count` members of each group, ascending.
+    """Finds the first `count` members of each group.
 
     Args:
         group_idxs (int64 Tensor[N]): in [0, num_groups).
 
     Returns:
-        int64 Tensor[K], K <= num_groups * count.
+        int64 Tensor[K]: their rows, ascending; K <= num_groups * count.
     """
     one_hot = group_idxs[:, None] == torch.arange(num_groups, device=group_idxs.device)
     rank = one_hot.cumsum(dim=0).gather(1, group_idxs[:, None])[:, 0]
@@ -45,11 +45,14 @@ class GroupSampler:
     """Takes the same number of samples from each group, positives : negatives = 1 : 3.
 
     Args:
-        num_groups (int): G; 1 is the usual sampling without groups.
-        num_per_group (int): N of the paper, per image.
-        positive_fraction (float): largest share of positives in a group; "ohem_all" and "none" do not use it.
-        method: "random", "wrs", "ohem", or "ohem_all" (labels compete: the paper's OHEM without groups), see
-            :func:`gs_d2.ops.group_subsample`; "none" takes every labelled box.
+        num_groups (int): G; 1 means sampling without groups.
+        num_per_group (int): samples per group and image (the paper's N).
+        positive_fraction (float): largest fraction of positives in a group; "ohem_all" and "none" do not use it.
+        method: "random", "wrs", "ohem" or "ohem_all" (the paper's OHEM without groups: the labels compete), see
+            :func:`gs_d2.ops.group_subsample`; "none" samples every labelled box.
+
+    Raises:
+        ValueError: the method is unknown.
     """
 
     METHODS = ("random", "wrs", "ohem", "ohem_all", "none")
@@ -64,8 +67,8 @@ class GroupSampler:
 
     @property
     def max_positives(self) -> int | None:
-        """The most positives that can be sampled in one image. None if no limit is known: with "none", and in a
-        subclass with its own `__call__`, unless it overrides this."""
+        """The largest number of positives in the samples of one image. None means no known limit: with "none", and in a
+        subclass with its own `__call__` that does not override this."""
         if self.method == "none" or type(self).__call__ is not GroupSampler.__call__:
             return None
         share = 1.0 if self.labels_compete else self.positive_fraction
@@ -87,8 +90,8 @@ class GroupSampler:
         Args:
             match_labels (int8 Tensor[N] or [B, N]), group_idxs (int64 Tensor[N] or [B, N]): as
                 :func:`gs_d2.ops.group_subsample`.
-            losses (Tensor, shape of match_labels): classification loss of each anchor; read if `needs_losses`.
-            seed (int or 0-dim int64 Tensor): None draws one from torch's CPU generator.
+            losses (Tensor, shape of match_labels): classification loss of each anchor; used if `needs_losses`.
+            seed (int or 0-dim int64 Tensor): None takes a seed from torch's CPU generator.
 
         Returns:
             int8 Tensor of match_labels' shape: 1 or 0 where sampled, -1 elsewhere.
@@ -112,13 +115,13 @@ class GroupSampler:
         """Samples class labels and returns indices, as Detectron2's ``subsample_labels`` does.
 
         Args:
-            labels (integer Tensor[N]): -1 is ignored, `bg_label` is background, anything else foreground.
-            group_idxs, losses, seed: as when called.
+            labels (integer Tensor[N]): -1 is ignored, `bg_label` is background, any other value is foreground.
+            group_idxs, losses, seed: as in a call of the sampler.
             bg_label (int): the number of classes in ROI heads, 0 in an RPN.
 
         Returns:
             pos_idx, neg_idx (int64 Tensors): rows of the samples, ascending. Their number depends on the labels, so
-            this waits for the GPU; calling the sampler does not.
+            this waits for the GPU. A call of the sampler does not wait.
         """
         match_labels = torch.where(labels == -1, -1, (labels != bg_label).to(torch.int8)).to(torch.int8)
         sampled = self(match_labels, group_idxs, losses, seed)

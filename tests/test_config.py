@@ -588,7 +588,7 @@ def train_and_detect(settings: str):
     assert (found.scores[1:] <= found.scores[:-1]).all()
     if cfg.MODEL.META_ARCHITECTURE in ("RPNDetector", "GroupedFastRCNN"):
         sizes = {round(size, 2) for row in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in row}
-        assert {round(scale, 2) for scale in found.group_scales.tolist()} <= sizes
+        assert {round(scale, 2) for scale in found.anchor_scales.tolist()} <= sizes
 
 
 def test_every_row_is_in_the_table():

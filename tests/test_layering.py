@@ -396,6 +396,18 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
     ),
     "hits": Rule(files=("gs_d2/analysis/hits.py",), may=("numpy", "torch", "gs_d2.ops")),
+    "score calibration": Rule(
+        files=("gs_d2/analysis/score_calibration.py",),
+        may=(
+            "numpy",
+            "torch",
+            "gs_d2.data.records",
+            "gs_d2.analysis.hits",
+            "gs_d2.modeling.calibration",
+            "gs_d2.ops",
+            "gs_d2.sampling",
+        ),
+    ),
     "analysis": Rule(  # of a config: builds its parts, trains none
         files=("gs_d2/analysis/*.py",),
         may=(
@@ -595,6 +607,7 @@ VIOLATIONS = [
     ("exported files", "gs_d2/inference/exported.py", "import onnx", "onnx"),
     ("conversion", "gs_d2/conversion/x.py", "from gs_d2.checkpoint import Checkpointer", "gs_d2.checkpoint"),
     ("hits", "gs_d2/analysis/hits.py", "import gs_d2.evaluation", "gs_d2.evaluation"),
+    ("score calibration", "gs_d2/analysis/score_calibration.py", "import gs_d2.evaluation", "gs_d2.evaluation"),
     ("analysis", "gs_d2/analysis/x.py", "from gs_d2.engine import Trainer", "gs_d2.engine.Trainer"),
     ("generated faces", "gs_d2/data/generated_faces.py", "from detectron2.data import x", "detectron2.data.x"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),

@@ -44,6 +44,10 @@ def files(tmp_path, drawn_datasets):
 # Script -> a command of it that works, or that fails for nothing but a file of weights.
 COMMANDS = {
     "analyze_model": ["--config-file", DEMO, "--size", "64", "64"],
+    "calibrate_scores": [
+        *("--config-file", DEMO, "--dataset", "generated_val", "--images", "2", "--output", "{out}/x.pth"),
+        *("MODEL.WEIGHTS", "{root}/binary"),
+    ],
     "convert_darknet": ["{root}/binary", "--output", "{out}/x.pth"],
     "convert_to_timm": ["{root}/binary", "--output", "{out}/x.pth"],
     "convert_torchvision": ["{root}/binary", "--output", "{out}/x.pth"],
@@ -171,6 +175,7 @@ def test_wrong_values(name, surroundings, monkeypatch, capsys):
 OUTPUTS = {  # script -> the flag that names what it writes
     "demo": "--output",
     "evaluate": "--output",
+    "calibrate_scores": "--output",
     "export_model": "--output",
     "prepare_wider_face": "--output",
     "sample_distribution": "--output",
@@ -190,7 +195,9 @@ def test_an_output_that_cannot_be(name, surroundings, capsys):
     if OUTPUTS[name] not in command:
         command += [OUTPUTS[name], ""]
     at = command.index(OUTPUTS[name]) + 1
-    below = {"sample_distribution": "below/x.png", "export_model": "below/"}.get(name, "below")
+    below = {"sample_distribution": "below/x.png", "calibrate_scores": "below/x.pth", "export_model": "below/"}.get(
+        name, "below"
+    )
     command[at] = str(file / below)
     if name == "prepare_wider_face":
         command[0] = surroundings["datasets"]

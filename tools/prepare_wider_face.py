@@ -16,37 +16,22 @@ import shutil
 import sys
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
 from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.data import load_wider_face
+from gs_d2.data.wider_face_layout import LISTS, MATS, PARTS, find_parts, num_files, plan
 from gs_d2.formats.files import ZipLimits, open_zip
-from gs_d2.formats.folders import files_below, is_system_file, undoubled, walk
+from gs_d2.formats.folders import files_below, undoubled
 from gs_d2.formats.images import as_rgb
 
 PAGE = "http://shuoyang1213.me/WIDERFACE/"
 SPLITS = {"train": (12880, 159420), "val": (3226, 39708), "test": (16097, 0)}  # images and boxes of the official lists
-LISTS = {split: f"wider_face_{split}_bbx_gt.txt" for split in ("train", "val")} | {
-    "test": "wider_face_test_filelist.txt"
-}
-MATS = [f"wider_{subset}_val.mat" for subset in ("face", "easy", "medium", "hard")]
-
-# Folder of the layout -> which of a zip's files belong there, and the zip's name on the official page.
-_IMAGES, _LISTS = (".jpg", ".jpeg", ".png"), (".txt", ".mat")
-PARTS = {
-    "WIDER_train": (_IMAGES, "WIDER_train.zip"),
-    "WIDER_val": (_IMAGES, "WIDER_val.zip"),
-    "WIDER_test": (_IMAGES, "WIDER_test.zip"),
-    "wider_face_split": (_LISTS, "wider_face_split.zip"),
-    "ground_truth": (_LISTS, "eval_tools.zip"),
-}
-_PART_OF = {part.lower(): part for part in PARTS}
 
 # What a zip may hold. The largest real one has 16,097 images, 1.9 GB together.
 LIMITS = ZipLimits(entries=100_000, file_bytes=64 * 2**20, total_bytes=8 * 2**30)
-_MAX_DEPTH = 4  # folders below a source that are searched
 
 
 @bad_input_ends()
@@ -74,40 +59,6 @@ def main(argv: list[str] | None = None):
         print(f"\nThe official files are at {PAGE}. Download what is missing, and give this command the folder.")
         raise ValueError(f"{base} is not whole: {'; '.join(problems)}")
     print(f"{base} is whole. Use it with: export DETECTRON2_DATASETS={args.output.resolve()}")
-
-
-def find_parts(sources: list[Path]) -> list[tuple[str, Path]]:
-    """(part of the layout, or "zip", and where it is) for all that the sources hold; zips first."""
-    found = []
-    for source in sources:
-        if not source.exists():
-            raise ValueError(f"{source}: no such file or folder")
-        if source.is_file():
-            if not zipfile.is_zipfile(source):
-                raise ValueError(f"{source}: not a zip, or damaged; download it again")
-            found.append(("zip", source))
-            continue
-        for folder, names, files in walk(source, _MAX_DEPTH):
-            part = _PART_OF.get(folder.name.lower())
-            if part and num_files(part, folder):
-                found.append((part, folder))
-                names.clear()
-                continue
-            official = tuple(Path(name).stem.lower() for _, name in PARTS.values())
-            found += [
-                ("zip", folder / name)
-                for name in files
-                if name.lower().endswith(".zip") and name.lower().startswith(official)
-            ]
-    return sorted(found, key=lambda item: item[0] != "zip")
-
-
-def num_files(part: str, folder: Path) -> int:
-    """How many of a part's files are in a folder, where the layout has them."""
-    if _LISTS == PARTS[part][0]:
-        return sum((folder / name).is_file() for name in (*LISTS.values(), *MATS))
-    images = folder / "images"
-    return sum(path.suffix.lower() in _IMAGES for path in files_below(images)) if images.is_dir() else 0
 
 
 def make_room(target: Path, part: str, num_new: int) -> bool:
@@ -182,23 +133,6 @@ def unpack(archive: Path, base: Path):
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ValueError(f"{archive}: damaged ({error}); download it again") from error
     print(f"{archive.name}: {len(todo)} files unpacked, {len(members) - len(todo)} were there")
-
-
-def plan(archive: Path, files: dict[str, zipfile.ZipInfo]) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
-    """Where each file of a zip goes, relative to widerface/; what is no part of the data set goes nowhere."""
-    members = []
-    for name, info in files.items():
-        path = PurePosixPath(name)
-        found = [(_PART_OF[name.lower()], i) for i, name in enumerate(path.parts[:-1]) if name.lower() in _PART_OF]
-        hidden = any(name.startswith(".") for name in path.parts) or is_system_file(path)
-        if not found or hidden or path.suffix.lower() not in PARTS[found[0][0]][0]:
-            continue
-        part = found[0][0]
-        inner = max(i for name, i in found if name == part)  # a doubled folder is one
-        members.append((PurePosixPath(part, *path.parts[inner + 1 :]), info))
-    if not members:
-        raise ValueError(f"{archive}: has none of {', '.join(PARTS)} in it; is it one of the official zips?")
-    return members
 
 
 def check(base: Path, splits: list[str], read_images: bool = False) -> list[str]:

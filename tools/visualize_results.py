@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from gs_d2.analysis.hits import match_detections
+from gs_d2.analysis.hits import match_detections, why_none_is_shown
 from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.data.catalog import load_records
 from gs_d2.data.records import faces_of, name_of
@@ -43,7 +43,7 @@ def visualize(dataset, predictions, output, lowest_score, num_images):
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     output = folder_for("--output", output)
-    if problem := nothing_to_show(detections, records, lowest_score):
+    if problem := why_none_is_shown(detections, [str(record["image_id"]) for record in records], lowest_score):
         print(f"visualize_results: WARNING: {predictions}: {problem}", file=sys.stderr)
     for record in tqdm(records, desc="pictures", unit="image"):
         rows = detections.get(str(record["image_id"]), np.zeros((0, 5)))
@@ -65,19 +65,6 @@ def visualize(dataset, predictions, output, lowest_score, num_images):
         picture = beside([left, right], titles)
         name = name_of(record) if short_names else str(record["image_id"]).replace("/", "_")
         picture.save(output / f"{name}.jpg", quality=92)
-
-
-def nothing_to_show(detections, records, lowest_score) -> str | None:
-    """Why no picture will have a detection on it; None if one will."""
-    rows_of = [detections[name] for name in (str(record["image_id"]) for record in records) if name in detections]
-    scores = np.concatenate([np.zeros((0, 5)), *rows_of])[:, 4]
-    if not rows_of:
-        return f"none of the {len(records)} images has predictions; names like {records[0]['image_id']} are needed"
-    if not len(scores):
-        return f"the predictions of the {len(records)} images are empty"
-    if scores.max() < lowest_score:
-        return f"no score reaches {lowest_score:g}, the highest is {scores.max():g}; lower --confidence-threshold"
-    return None
 
 
 def read_detections(dataset, path, image_ids):

@@ -1,5 +1,6 @@
 """Registered data sets, as all parts of this project load them: checked, whoever registered them."""
 
+import traceback
 from collections import Counter
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,7 +23,7 @@ def load_records(dataset_name: str, *, for_training: bool) -> list[dict]:
     """
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(f"the data set {dataset_name!r} is not registered")
-    records = load_coco(dataset_name) if has_coco_file(dataset_name) else DatasetCatalog.get(dataset_name)
+    records = load_coco(dataset_name) if has_coco_file(dataset_name) else _call(dataset_name)
     if not isinstance(records, (list, tuple)):
         raise ValueError(f"{dataset_name}: its function must give a list of dicts, got {type(records).__name__}")
     if not records:
@@ -43,6 +44,17 @@ def load_records(dataset_name: str, *, for_training: bool) -> list[dict]:
     if not for_training:
         _check_unique(dataset_name, records)
     return list(records)
+
+
+def _call(dataset_name):
+    try:
+        return DatasetCatalog.get(dataset_name)
+    except (AssertionError, AttributeError, LookupError, TypeError) as error:  # files that the function did not expect
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{dataset_name}: its function failed in line {last.lineno} of {last.filename}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def class_names(dataset_name: str) -> list[str] | None:

@@ -167,7 +167,8 @@ def _of_arrays(record) -> Faces:
     ignore, classes = np.zeros(len(boxes), dtype=bool), np.zeros(len(boxes), dtype=np.int64)
     if record.get("gt_ignore") is not None:
         ignore = _array(record, "gt_ignore", "biu", bool)
-        if not np.isin(np.asarray(record["gt_ignore"]), (0, 1)).all():
+        given = np.asarray(record["gt_ignore"])
+        if given.dtype != bool and not np.isin(given, (0, 1)).all():
             raise ValueError("gt_ignore must be of True and False")
     if record.get("gt_classes") is not None:
         classes = _array(record, "gt_classes", "iu", np.int64)

@@ -65,7 +65,7 @@ class TrainingWatch(HookBase):
 class DetectionWatch(DatasetEvaluator):
     """Warns after an evaluation of scales without any detection, and of those whose detections have one score.
 
-    It gives no results. Detections without `group_scales` are looked at together.
+    It gives no results. Detections without `anchor_scales` are looked at together.
 
     Args:
         dataset_name: named in the warning.
@@ -86,9 +86,9 @@ class DetectionWatch(DatasetEvaluator):
             instances = output["instances"]
             scores = instances.scores.detach().cpu().numpy()
             scales = np.zeros(len(scores), dtype=np.int64)
-            self._have_scales = instances.has("group_scales")
+            self._have_scales = instances.has("anchor_scales")
             if self._have_scales:
-                scales = np.rint(instances.group_scales.detach().cpu().numpy()).astype(np.int64)
+                scales = np.rint(instances.anchor_scales.detach().cpu().numpy()).astype(np.int64)
             self._num_images += 1
             for scale in np.unique(scales).tolist():
                 of_scale = scores[scales == scale]

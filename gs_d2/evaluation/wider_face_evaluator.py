@@ -27,7 +27,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
 
     `evaluate` gives {"wider_face": {"easy", "medium", "hard", "all", "all_valid"}}, and of each anchor scale's outputs
     alone "easy@<scale>", "medium@<scale>", "hard@<scale>" and "all@<scale>" (the paper's @16, @32, ...; Table 7). These
-    need outputs with `instances_by_scale`, with `group_scales`: the detections of each scale after an NMS among
+    need outputs with `instances_by_scale`, with `anchor_scales`: the detections of each scale after an NMS among
     themselves, which the final `instances` do not hold, since there a face survives in one scale only. Without it, as
     from a model whose `by_scale` is not set, there are none of these metrics. It is empty for the test set, whose
     annotations are not public: then the predictions and `submission.zip`, to be sent to the authors, are all there
@@ -63,7 +63,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
         by_scale = None
         if "instances_by_scale" in output:
             instances = output["instances_by_scale"].to("cpu")
-            scales = np.rint(instances.group_scales.detach().numpy().reshape(-1)).astype(np.int32)
+            scales = np.rint(instances.anchor_scales.detach().numpy().reshape(-1)).astype(np.int32)
             # Several times as many as the final ones, in float32, which is what detectors give.
             by_scale = rows_of(instances, image["image_id"]).astype(np.float32), scales
         return quantize(as_xywh(rows)), by_scale

@@ -233,9 +233,13 @@ def parse_rows(lines: list[str], first_line: int, num_columns: int, where: str) 
         except ValueError:
             raise ValueError(f"{where}, line {number}: not a number: {text!r}") from None
         if not np.isfinite(numbers).all():
-            raise ValueError(f"{where}, line {number}: NaN or infinity: {text!r}; mend the detector's output")
+            raise ValueError(
+                f"{where}, line {number}: NaN or infinity: {text!r}; the detector writes what is no number"
+            )
         if (numbers >= _MAX_NUMBER).any():
-            raise ValueError(f"{where}, line {number}: beyond {_MAX_NUMBER:g}: {text!r}; mend the detector's output")
+            raise ValueError(
+                f"{where}, line {number}: beyond {_MAX_NUMBER:g}: {text!r}; the detector writes what is no number"
+            )
     raise AssertionError("unreachable: the whole array was refused but no row was")
 
 

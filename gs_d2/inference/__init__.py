@@ -1,8 +1,7 @@
-"""Testing: a detector for pictures, and beyond one forward pass image pyramids, tiles for images that do not fit into
-memory, and box voting.
+"""Testing: a detector for pictures, image pyramids, tiles for images that do not fit into memory, and box voting.
 
-Models are used through four public members only (see :class:`gs_d2.modeling.BoxDetector`), so any detector that has
-them can be tested this way.
+The code uses four public members of a model only (see :class:`gs_d2.modeling.BoxDetector`). Any detector with these
+members can be tested in this way.
 """
 
 from gs_d2 import compat  # noqa: F401  isort: skip

@@ -9,16 +9,16 @@ _MAX_PAIRS = 1 << 22  # IoUs in memory at a time: 16 MB
 
 
 def vote_boxes(boxes: Tensor, candidates: Tensor, scores: Tensor, iou_thresh: float) -> Tensor:
-    """
+    """Moves each box to the score-weighted mean of the candidates that overlap it.
+
     Args:
-        boxes (Tensor[K, 4]): kept by NMS, XYXY.
-        candidates (Tensor[N, 4]): all boxes that NMS chose from; `boxes` are among them.
-        scores (Tensor[N]): of the candidates, positive.
-        iou_thresh: the candidates whose IoU with a box is at least this vote on it. A box of score 0, or without area,
-            stays where it is.
+        boxes (Tensor[K, 4]): the boxes that NMS kept, XYXY.
+        candidates (Tensor[N, 4]): the input of NMS, which contains `boxes`.
+        scores (Tensor[N]): scores of the candidates, not negative.
+        iou_thresh: a candidate counts for a box if their IoU is at least this threshold.
 
     Returns:
-        float32 Tensor[K, 4]
+        float32 Tensor[K, 4]. A box with score 0 or without area does not move.
     """
     voted = []
     for part in boxes.split(max(1, _MAX_PAIRS // max(1, len(candidates)))):

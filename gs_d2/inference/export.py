@@ -1,8 +1,8 @@
-"""Single-stage detectors as graphs of tensors alone, for TorchScript and ONNX.
+"""Single-stage detectors as graphs with tensors only, for TorchScript and ONNX.
 
-The arithmetic is the detector's own (:meth:`RPNDetector.normalize`, its backbone, :meth:`GroupSamplingRPN.predict` and
-:func:`gs_d2.modeling.decoding.best_boxes`); only the padding to whole feature maps and the order of NMS and limit are
-written here.
+The graph uses the detector's own arithmetic (:meth:`RPNDetector.normalize`, its backbone,
+:meth:`GroupSamplingRPN.predict` and :func:`gs_d2.modeling.decoding.best_boxes`). This module adds only the padding to
+whole feature maps and the order of NMS and limit.
 """
 
 import warnings
@@ -22,16 +22,16 @@ _EXAMPLE_CELLS = (5, 7)  # of the coarsest grid: unlike each other, and not 1, w
 
 
 class ExportableDetector(nn.Module):
-    """One image to its faces, at one scale and in float32, as arithmetic that tracing and torch.export record."""
+    """Detects the faces of one image, at one scale and in float32. Tracing and torch.export can record it."""
 
     def __init__(self, detector: nn.Module, with_nms: bool = True):
         """
         Args:
-            detector: an :class:`RPNDetector`, which is put into eval mode.
-            with_nms: False: the graph ends before NMS.
+            detector: an :class:`RPNDetector`. It is set to eval mode.
+            with_nms: False ends the graph before NMS.
 
         Raises:
-            ValueError: it is another detector: two stages, or an image pyramid.
+            ValueError: the detector has two stages, or is an image pyramid.
         """
         super().__init__()
         if isinstance(detector, PyramidDetector):
@@ -50,14 +50,15 @@ class ExportableDetector(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            image (uint8 or float32 Tensor[1, 3, H, W]): 0..255, channels in the order of INPUT.FORMAT, of any size.
+            image (uint8 or float32 Tensor[1, 3, H, W]): 0..255, any size, channels in the order of INPUT.FORMAT.
 
         Returns:
             boxes (float32 Tensor[n, 4]): XYXY in pixels of `image`, clipped to it.
-            scores (float32 Tensor[n]): face probabilities of at least TEST.GS.SCORE_THRESH, falling (up to rounding).
+            scores (float32 Tensor[n]): face probabilities of at least TEST.GS.SCORE_THRESH, highest first (up to
+            rounding).
 
-            With NMS what :class:`RPNDetector` detects, up to rounding; else the candidates that its NMS starts from, at
-            most MODEL.RPN.PRE_NMS_TOPK_TEST. n is 0 where no face is found.
+            With NMS, these are the detections of :class:`RPNDetector`, up to rounding. Without NMS, they are the input
+            of its NMS, at most MODEL.RPN.PRE_NMS_TOPK_TEST. n is 0 if there is no face.
         """
         detector, rpn = self.detector, self.detector.proposal_generator
         height, width = image.shape[-2:]
@@ -75,7 +76,7 @@ class ExportableDetector(nn.Module):
         return boxes, logits.sigmoid()
 
     def example(self, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """An input of a size from which both formats generalise to others."""
+        """Returns an example input. Its size lets both formats generalise to other sizes."""
         side = max(self.detector.size_divisibility, 32)
         height, width = (cells * side - 3 for cells in _EXAMPLE_CELLS)
         return torch.zeros(1, 3, height, width, dtype=dtype, device=self.detector.device)
@@ -83,7 +84,7 @@ class ExportableDetector(nn.Module):
 
 @torch.no_grad()
 def to_torchscript(graph: ExportableDetector, dtype: torch.dtype = torch.uint8) -> torch.jit.ScriptModule:
-    """The traced graph, for images of `dtype` (uint8 or float32) and any size. Running it needs torchvision's ops."""
+    """Traces the graph, for images of `dtype` (uint8 or float32) and any size. The result needs torchvision's ops."""
     with warnings.catch_warnings():
         # Detectron2 tests for empty tensors, which these never are before the end of the graph.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -91,9 +92,9 @@ def to_torchscript(graph: ExportableDetector, dtype: torch.dtype = torch.uint8) 
 
 
 def to_onnx(graph: ExportableDetector, dtype: torch.dtype = torch.uint8):
-    """The ONNX model (torch.onnx.ONNXProgram) for images of `dtype` (uint8 or float32) and any size.
+    """Makes the ONNX model (torch.onnx.ONNXProgram), for images of `dtype` (uint8 or float32) and any size.
 
-    Its input and outputs are called as :meth:`ExportableDetector.forward`'s: `image`, `boxes` and `scores`.
+    Its input is `image` and its outputs are `boxes` and `scores`, as in :meth:`ExportableDetector.forward`.
 
     Raises:
         ImportError: onnx or onnxscript is missing.

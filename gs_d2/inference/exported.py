@@ -1,4 +1,4 @@
-"""Exported files, and whether they find the faces of the model that they were made of."""
+"""Loads exported files and compares their faces with those of the original model."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,11 @@ BOX_TOLERANCE, SCORE_TOLERANCE = 1e-2, 1e-4  # pixels, probability
 
 
 def load_exported(path: str | os.PathLike) -> Callable:
-    """A file (.onnx, else TorchScript) as a function of an array [1, 3, H, W] that gives boxes and scores."""
+    """Loads an exported file: ONNX if the name ends in .onnx, else TorchScript.
+
+    Returns:
+        A function that takes an array [1, 3, H, W] of the exported dtype and returns boxes and scores, as arrays.
+    """
     path = str(path)
     if path.endswith(".onnx"):
         import onnxruntime
@@ -26,12 +30,13 @@ def load_exported(path: str | os.PathLike) -> Callable:
 
 
 class Comparison(NamedTuple):
-    """Of the faces that a file and its model find on some images.
+    """Compares the faces of an exported file and its model on some images.
 
     Attributes:
-        num_faces: that the model finds.
-        box_error, score_error: the largest difference of faces that both find, in pixels and probability.
-        unlike: a line for each face that only one of them finds.
+        num_faces: number of faces that the model finds.
+        box_error, score_error: largest difference for the faces that both find, in pixels and in probability; 0 if
+            there are none.
+        unlike: one line for each face that only the file or only the model finds.
     """
 
     num_faces: int
@@ -41,14 +46,15 @@ class Comparison(NamedTuple):
 
 
 def compare(run: Callable, graph: ExportableDetector, images: list[np.ndarray]) -> Comparison:
-    """
-    There is no allowance for near ties (an overlap that is the NMS threshold up to rounding): the faces concerned are
-    unlike, and the reader decides.
+    """Compares an exported file with its model.
+
+    Near ties get no tolerance: if an overlap equals the NMS threshold up to rounding, the faces can be in
+    :attr:`Comparison.unlike`.
 
     Args:
-        run: of :func:`load_exported`.
-        graph: what was exported.
-        images: arrays [1, 3, H, W], of the exported dtype.
+        run: a function of :func:`load_exported`.
+        graph: the exported graph.
+        images: arrays [1, 3, H, W] of the exported dtype.
     """
     detector, num_faces, unlike, errors = graph.detector, 0, [], torch.zeros(2)
     for image in images:
@@ -71,9 +77,12 @@ def compare(run: Callable, graph: ExportableDetector, images: list[np.ndarray]) 
 
 
 def matched(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Rows (i, j), int64 [n, 2], of faces (x1, y1, x2, y2, score) that agree, in any order; each i and j once.
+    """Finds pairs of faces that agree. Faces are rows (x1, y1, x2, y2, score).
 
-    Found face i and expected face j are each other's nearest, and within BOX_TOLERANCE and SCORE_TOLERANCE.
+    Faces agree if each is the other's nearest, within BOX_TOLERANCE and SCORE_TOLERANCE.
+
+    Returns:
+        int64 Tensor[n, 2]: pairs (i, j) of found face i and expected face j, by rising i. Each i and j occurs once.
     """
     if not len(found) or not len(expected):
         return torch.zeros(0, 2, dtype=torch.int64)

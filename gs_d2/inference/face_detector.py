@@ -1,4 +1,4 @@
-"""A detector in one object: from a config and weights, or those of the model zoo, to the faces of pictures."""
+"""FaceDetector: finds faces in pictures with a config and weights, or with the model zoo's."""
 
 import os
 from collections.abc import Iterable
@@ -19,18 +19,18 @@ from gs_d2.modeling import description_of
 
 
 class FaceDetector:
-    """Finds the faces of pictures.
+    """Finds faces in pictures.
 
     >>> detector = FaceDetector()
     >>> boxes, scores = detector.detect("picture.jpg")
 
-    Without arguments it is the detector that comes with the package (:mod:`gs_d2.model_zoo`); with a config and weights
-    it is one of your own:
+    Without arguments it uses the trained detector of the package (:mod:`gs_d2.model_zoo`). To use your own detector,
+    pass its config and weights:
 
     >>> detector = FaceDetector("configs/quick/demo.yaml", "output/demo/model_final.pth")
 
-    It tests on an image pyramid where the config says so (TEST.GS.PYRAMID). At a single scale, faces much larger than
-    the largest anchor are missed.
+    It tests on an image pyramid if the config has TEST.GS.PYRAMID True. At a single scale it misses faces much larger
+    than the largest anchor.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class FaceDetector:
     ):
         """
         Args:
-            cfg: a config with :func:`add_gs_config`'s keys, which is not changed, or a config file; None is
-                `gs_d2.model_zoo.DEFAULT`, trained.
-            weights: a .pth or .safetensors file; None is the config's MODEL.WEIGHTS.
-            device: None is the config's MODEL.DEVICE, or the CPU where that is a GPU and torch sees none.
-            confidence_threshold: lowest score returned, in [0, 1].
-            opts: config keys and values in turn, which take precedence over the config's.
-            allow_pickle: also read weights that are more than tensors (Detectron2's .pkl): such files can run any code.
+            cfg: a config file, or a config with the keys of :func:`add_gs_config`, which is not changed. None means the
+                trained `gs_d2.model_zoo.DEFAULT`.
+            weights: a .pth or .safetensors file. None means the config's MODEL.WEIGHTS.
+            device: None means the config's MODEL.DEVICE, or the CPU if MODEL.DEVICE is a GPU and torch finds none.
+            confidence_threshold: score threshold, in [0, 1]; faces with a lower score are not returned.
+            opts: a list of config keys and values in turn, which override the config's.
+            allow_pickle: True also reads pickles, such as Detectron2's .pkl. Such files can run any code.
 
         Raises:
-            FileNotFoundError: there is no such config or weights.
-            ValueError: a key or value is wrong, the weights are not those of this detector, or there is no such device.
+            FileNotFoundError: the config or the weights do not exist.
+            ValueError: a key or a value is wrong, the weights do not match this detector, or the device cannot be used.
         """
         if not 0 <= confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold must be in [0, 1], got {confidence_threshold}")
@@ -78,29 +78,32 @@ class FaceDetector:
         self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     def detect(self, image) -> tuple[np.ndarray, np.ndarray]:
-        """
+        """Finds the faces in one picture.
+
         Args:
-            image: a path, whose EXIF orientation is applied; a PIL image; or an array uint8 [H, W, 3], **RGB**.
+            image: a path, a PIL image, or a uint8 array [H, W, 3] in **RGB** order. The EXIF orientation of a path's
+                image is applied.
 
         Returns:
-            boxes (float32 [n, 4]): XYXY, in pixels of the image (of a path: upright, as viewers show it).
-            scores (float32 [n]): face probabilities, falling.
+            boxes (float32 [n, 4]): XYXY, in pixels of the image (for a path: of the upright image, as viewers show it).
+            scores (float32 [n]): face probabilities, highest first. n is 0 if there is no face.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not an image, or an array of another type or shape.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not an image, or the array has another type or shape.
         """
         return self.detect_batch([image])[0]
 
     @torch.no_grad()
     def detect_batch(self, images: Iterable) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The faces of several images in one forward pass, which a GPU is faster with; smaller images are padded.
+        """Finds the faces in several images in one forward pass. This is faster on a GPU. Smaller images are padded.
 
         Args:
             images: each as in :meth:`detect`; any sizes, any number.
 
         Returns:
-            For each image its boxes and scores. With GroupNorm in the network they depend a little on the padding.
+            A list with the boxes and scores of each image; [] for no images. If the network has GroupNorm, they depend
+            slightly on the padding.
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`detect`.

@@ -1,13 +1,13 @@
 """Multi-scale testing: an image pyramid whose levels are merged by one NMS (paper, section 5, "WIDER FACE").
 
-What is in memory: one level (or, of small ones, a batch of up to 2 megapixels), and on the CPU each level's candidates,
-36 bytes each. Levels run one by one because the largest hold most of the pixels (of 0.25 n, n = 1..8, the two largest
-55 %), and one of those fills a GPU alone. Only small views are batched: those of one factor, mirrored or of several
-images, whose padded shapes are equal, since launching kernels costs more than running them there.
+One level is in memory at a time, or a batch of small views of up to 2 megapixels. The candidates of all levels stay on
+the CPU, 36 bytes each. Levels run one by one, because one large level fills a GPU: with factors 0.25 n, n = 1..8, the
+two largest levels have 55 % of the pixels. Small views are batched, because launching kernels costs more than running
+them. A batch has views of one factor with equal padded shapes, mirrored or of several images.
 
-No padding beyond the backbone's own stride is added to make shapes repeat: it would change the features along the
-border, and so the results. WIDER FACE images are all 1,024 px wide, so few shapes occur as it is; what made memory grow
-in other projects, cuDNN's search for the fastest algorithm for every new shape, is switched off here.
+Images are padded to the backbone's own stride only. More padding would let shapes repeat, but it would change the
+features along the border, and so the results. WIDER FACE images are all 1,024 px wide, so few shapes occur anyway. In
+other projects, cuDNN's search for the fastest algorithm for every new shape made memory grow; it is off here.
 """
 
 import contextlib
@@ -55,12 +55,12 @@ class View:
 
 
 def pyramid_levels(height: int, width: int, scales: list[float], max_size: int) -> list[Level]:
-    """The levels of an image, by rising factor.
+    """Computes the levels of an image, smallest factor first.
 
     Args:
-        height, width: of the image, in pixels.
-        scales: factors; those that bring a side above `max_size` are left out.
-        max_size: pixels. If every factor is too much for it, the one level has this as its longer side.
+        height, width: size of the image in pixels.
+        scales: factors. A factor that makes a side longer than `max_size` is left out.
+        max_size: pixels. If all factors are left out, there is one level with this longer side.
     """
     sizes = []
     for scale in sorted(scales):
@@ -74,10 +74,10 @@ def pyramid_levels(height: int, width: int, scales: list[float], max_size: int) 
 
 
 class PyramidDetector(nn.Module):
-    """Tests a detector on an image pyramid; takes and returns what the detector does at test.
+    """Tests a detector on an image pyramid. Inputs and outputs are those of the detector at test.
 
-    ``PyramidDetector(cfg, model)`` reads TEST.GS.*. With the single factor 1.0 the result is the model's own, bit for
-    bit.
+    ``PyramidDetector(cfg, model)`` reads TEST.GS.*. With the single factor 1.0, the result equals the model's own, bit
+    by bit.
     """
 
     @configurable
@@ -95,18 +95,19 @@ class PyramidDetector(nn.Module):
     ):
         """
         Args:
-            model: with the four members that :class:`gs_d2.modeling.BoxDetector` names; not copied.
-            scales: factors of the image given; positive.
+            model: a detector with the four members of :class:`gs_d2.modeling.BoxDetector`; it is not copied.
+            scales: factors of the input image; positive and different.
             max_size: see :func:`pyramid_levels`.
-            flip: also test every level mirrored.
-            topk_per_level: candidates kept of a level; matters where the model itself keeps more, or tiles do.
-            voting_thresh: IoU from which a candidate votes on a detection's box; None is no box voting.
-            level_box_size: [low, high] that sqrt(w * h) of a level's candidates lies in, in pixels of the level; the
-                largest level has no lower and the smallest no upper limit. None keeps all.
+            flip: True also tests every level mirrored.
+            topk_per_level: largest number of candidates of a level that runs in tiles. Other levels keep the model's
+                own number.
+            voting_thresh: a candidate votes for a detection's box if their IoU is at least this. None: no box voting.
+            level_box_size: [low, high]. A level keeps candidates with sqrt(w * h) in this range, in pixels of the
+                level. The largest level has no lower limit, the smallest no upper limit. None keeps all.
             tile_margin: see :class:`TiledPredictor`.
 
         Raises:
-            ValueError: a value is out of range, or the model cannot be tested in views.
+            ValueError: a value is out of range, or the model lacks one of the four members.
         """
         super().__init__()
         if isinstance(model, DistributedDataParallel):
@@ -150,13 +151,13 @@ class PyramidDetector(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """
         Args:
-            batched_inputs: for each image a dict with `image` (Tensor[3, H, W], 0..255; the factors are of this size)
-                and optionally `height`, `width`, the size that results are scaled to.
+            batched_inputs: one dict per image, with `image` (Tensor[3, H, W], 0..255; the factors apply to this size)
+                and optionally `height` and `width`, the size that results are scaled to.
 
         Returns:
-            For each image {"instances": Instances} as the model gives them, on its device; `group_scales` stays in
-            pixels of the level that found the face. Where the model has `by_scale` set also "instances_by_scale": for
-            each anchor scale its outputs of all levels, merged among themselves.
+            One dict per image: {"instances": Instances}, with the model's fields, on the model's device.
+            `anchor_scales` is in pixels of the level that found the face. If the model's `by_scale` is True, there is
+            also "instances_by_scale": the outputs of all levels for each anchor scale, with a separate NMS per scale.
         """
         if self.training:
             raise RuntimeError("PyramidDetector only tests: call eval() first")
@@ -174,9 +175,9 @@ class PyramidDetector(nn.Module):
         return [self._result(Instances.cat(levels)) for levels in found]
 
     def _batches(self, images: list[Tensor]) -> Iterator[list[View]]:
-        """Views that may run together: of one factor, equal when padded, and small; the largest first.
+        """Yields views that can run together: small views of one factor with equal padded shapes, the largest first.
 
-        Freed memory of a large level serves the smaller ones, while the other way round it has to grow at every level.
+        With the largest first, smaller levels reuse its freed memory. Otherwise memory would grow at every level.
         """
         views = [
             View(i, level, flip)
@@ -196,7 +197,7 @@ class PyramidDetector(nn.Module):
                 yield group[start : start + length]
 
     def _map_back(self, candidates: Instances, view: View, size: tuple[int, int]) -> Instances:
-        """From pixels of the view to pixels of the result; what the level is not to find is dropped."""
+        """Maps boxes from the view to the result. Drops boxes that are empty or outside of TEST.GS.LEVEL_BOX_SIZE."""
         level = view.level
         if self.level_box_size is not None:
             low, high = self.level_box_size
@@ -247,8 +248,10 @@ def _no_cudnn_benchmark():
 
 
 def _return_freed_memory():
-    """glibc keeps what was freed for allocations that fit, and images of ever other sizes fit badly: without this, 8
-    levels of four 800 px images peak 450 MB above one level, with it 30 MB."""
+    """Returns freed memory to the system. glibc keeps it for later allocations, but images of other sizes fit badly.
+
+    Eight levels of four 800 px images peak 30 MB above one level. Without this they peak 450 MB above.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library may not have it
         if trim is not None:
@@ -256,7 +259,7 @@ def _return_freed_memory():
 
 
 def _render(image: Tensor, view: View) -> Tensor:
-    """The view's pixels, as the training augmentation would resize them; the image itself where nothing changes."""
+    """Returns the view's pixels, resized as in the training augmentation, or the image itself if nothing changes."""
     level = view.level
     if tuple(image.shape[1:]) != (level.height, level.width):
         pixels = image.permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Runs a detector on an image that may not fit into the GPU's memory: then in overlapping tiles."""
+"""Runs a detector in overlapping tiles if an image does not fit into the GPU's memory."""
 
 import itertools
 import logging
@@ -16,7 +16,7 @@ _MIN_SHRINKAGE = 0.9  # more tiles than these are given up when they are not sma
 
 @dataclass(frozen=True)
 class Span:
-    """One tile along one axis, in pixels: it covers [start, stop) and owns the boxes with centres in [low, high)."""
+    """One tile along one axis, in pixels. It covers [start, stop) and owns the boxes with centres in [low, high)."""
 
     start: int
     stop: int
@@ -28,13 +28,14 @@ def split_axis(size: int, count: int, alignment: int, context: int) -> list[Span
     """Divides an axis evenly into at most `count` tiles.
 
     Args:
-        size: pixels of the axis.
-        count: tiles wanted; fewer where the axis is too short for so many.
+        size: length of the axis in pixels.
+        count: number of tiles; there are fewer if the axis is too short.
         alignment: tiles start at multiples of this many pixels.
-        context: pixels that a tile sees beyond what it owns, at each cut; a multiple of `alignment`.
+        context: pixels that a tile covers beyond its owned part, at each cut; a multiple of `alignment`.
 
     Returns:
-        Spans whose owned parts follow one another without gap; the outer ones own everything beyond the image, too.
+        Spans in order. Their owned parts have no gaps and no overlaps. The outer spans also own everything beyond the
+        image.
     """
     cuts = sorted({round(i * size / count / alignment) * alignment for i in range(1, count)} - {0})
     cuts = [cut for cut in cuts if cut < size]
@@ -51,7 +52,7 @@ def split_axis(size: int, count: int, alignment: int, context: int) -> list[Span
 
 
 def plan_tiles(height: int, width: int, count: int, alignment: int, context: int) -> list[tuple[Span, Span]]:
-    """(rows, columns) of at most `count` tiles, arranged so that the largest of them has the fewest pixels."""
+    """Divides an image into at most `count` tiles (rows, columns) so that the largest tile has the fewest pixels."""
     plans = []
     for rows in range(1, count + 1):
         if count % rows == 0:
@@ -66,21 +67,21 @@ def _largest(tiles: list[tuple[Span, Span]]) -> int:
 
 
 class TiledPredictor:
-    """``model.predict_candidates`` for images of any size, its results on the CPU.
+    """Runs ``model.predict_candidates`` on images of any size, and returns results on the CPU.
 
-    An image that runs out of GPU memory is cut into 2, 4, 8, ... tiles until one fits. Each tile sees `context` pixels
-    beyond what it owns, and a candidate counts only in the tile that owns its centre, so that nothing is found twice
-    or with half of its surroundings cut off. The result is that of the whole image as far as features depend only on
-    what lies within `context`; GroupNorm's depend on the whole image, so there it is close and not equal. The size
-    that ran out is remembered, and later images of that size are cut at once.
+    If an image needs too much GPU memory, it is cut into 2, 4, 8, ... tiles until they fit. Each tile covers `context`
+    pixels beyond its owned part. A candidate counts only in the tile that owns its centre, so no face is found twice.
+
+    The result equals that of the whole image if features depend only on pixels within `context`. GroupNorm depends on
+    the whole image, so its result is close but not equal. Later images of a size that did not fit are cut at once.
     """
 
     def __init__(self, model, topk: int, margin: int = 256):
         """
         Args:
             model: in eval mode, with `predict_candidates` and `tile_geometry`, as :class:`gs_d2.modeling.BoxDetector`.
-            topk: candidates kept of an image, whether or not it was tiled.
-            margin: pixels beyond the largest anchor that a tile sees. Half the receptive field of a ResNet-50 is
+            topk: largest number of candidates of a tiled image. An image without tiles keeps the model's own number.
+            margin: pixels that a tile covers beyond the largest anchor. Half the receptive field of a ResNet-50 is
                 about 240 px.
         """
         self.model = model
@@ -92,14 +93,14 @@ class TiledPredictor:
     def __call__(self, images: list[Tensor], name: str) -> list[Instances]:
         """
         Args:
-            images (list[Tensor[3, H, W]]): any sizes; run as one batch if that fits.
-            name: what the images are, for the warning; there is one warning for each name.
+            images (list[Tensor[3, H, W]]): any sizes. They run as one batch if that fits.
+            name: a name of the images, for the warning. Each name has one warning.
 
         Returns:
-            For each image its candidates, by the contract of ``predict_candidates``, on the CPU.
+            The candidates of each image as in ``predict_candidates``, on the CPU.
 
         Raises:
-            torch.OutOfMemoryError: not even small tiles fit.
+            torch.OutOfMemoryError: even small tiles do not fit.
         """
         results = self._try(images)
         if results is not None:
@@ -109,7 +110,7 @@ class TiledPredictor:
         return [self._in_tiles(images[0], name)]
 
     def _try(self, images: list[Tensor]) -> list[Instances] | None:
-        """The candidates, or None if they are out of reach of the memory."""
+        """Returns the candidates, or None if the images do not fit into memory."""
         pixels = sum(image.shape[1] * image.shape[2] for image in images)
         if pixels >= self._too_large:
             return None

@@ -1,10 +1,10 @@
-"""Configs and trained weights that travel with the package; the functions are those of Detectron2's model zoo.
+"""Configs and trained weights inside the package, with the functions of Detectron2's model zoo.
 
 >>> from gs_d2 import model_zoo
 >>> cfg = model_zoo.get_config("wider_gs.yaml")
 >>> detector = model_zoo.get("faces/mobilenetv2.yaml", trained=True)
 
-No function fetches anything.
+No function downloads anything.
 """
 
 import difflib
@@ -24,10 +24,13 @@ _WEIGHTS = _HERE / "weights"
 
 
 def list_configs(pattern: str = "*") -> list[str]:
-    """Names of the configs, sorted, such as "wider/fpn_finest_sampling.yaml".
+    """Lists the names of the configs, such as "wider/fpn_finest_sampling.yaml", sorted.
 
     Args:
-        pattern: as in a shell, for the whole name, `*` also for slashes: `"coco/*"`.
+        pattern: a shell pattern for the whole name, such as `"coco/*"`. `*` also matches slashes.
+
+    Returns:
+        The names that match; [] if none does.
     """
     root = _configs()
     names = (path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
@@ -35,18 +38,18 @@ def list_configs(pattern: str = "*") -> list[str]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Those of :func:`list_configs` that have trained weights in the package."""
+    """Lists the names of :func:`list_configs` that have trained weights in the package."""
     return [name for name in list_configs(pattern) if _checkpoint(name).is_file()]
 
 
 def get_config_file(name: str) -> str:
-    """Path of a config.
+    """Returns the path of a config.
 
     Args:
-        name: as :func:`list_configs` gives it.
+        name: a name of :func:`list_configs`.
 
     Raises:
-        ValueError: there is no such config; names those that are close.
+        ValueError: there is no such config. The message lists similar names.
     """
     known = list_configs()
     if name not in known:
@@ -57,10 +60,11 @@ def get_config_file(name: str) -> str:
 
 
 def get_checkpoint(name: str) -> str:
-    """Path of a config's trained weights.
+    """Returns the path of a config's trained weights.
 
     Raises:
-        ValueError: there is no such config, or it has no weights in the package; names those that have.
+        ValueError: there is no such config, or the package has no weights for it. The message lists the configs with
+            weights.
     """
     get_config_file(name)
     if not _checkpoint(name).is_file():
@@ -69,10 +73,11 @@ def get_checkpoint(name: str) -> str:
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """A config, which may be changed.
+    """Returns a config, which you can change.
 
     Args:
-        trained: MODEL.WEIGHTS is the file of the trained weights, not what the config's training starts from.
+        trained: True sets MODEL.WEIGHTS to the file of the trained weights. False keeps the weights that training
+            starts from.
 
     Raises:
         ValueError: as :func:`get_config_file` and, if `trained`, :func:`get_checkpoint`.
@@ -82,10 +87,11 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
 
 def get(name: str, trained: bool = False, device: str | None = None):
-    """A detector in eval mode, as Detectron2 builds it; with weights if `trained`, otherwise random.
+    """Builds a detector with Detectron2's `build_model`, in eval mode.
 
     Args:
-        device: such as "cuda"; None is the config's MODEL.DEVICE.
+        trained: True loads the trained weights; False leaves the weights random.
+        device: such as "cuda"; None means the config's MODEL.DEVICE.
 
     Raises:
         ValueError: as :func:`get_config`.

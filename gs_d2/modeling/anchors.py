@@ -91,6 +91,11 @@ class ScaleStrideAnchorGenerator(nn.Module):
 
     num_cell_anchors = num_anchors
 
+    @property
+    def cell_scales(self) -> list[list[float]]:
+        """For each feature map the scale, in pixels, of each anchor of a cell."""
+        return [Boxes(cell).area().sqrt().tolist() for cell in self._cells]
+
     def forward(self, features: list[Tensor]) -> list[Boxes]:
         """Anchors of each feature map [N, C, Hi, Wi], float32 on its device."""
         anchors = []

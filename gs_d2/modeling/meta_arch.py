@@ -58,7 +58,7 @@ class RPNDetector(BoxDetector):
     """A single-stage detector: backbone and proposal generator, whose proposals are the detections.
 
     Unlike Detectron2's ``ProposalNetwork`` it returns `instances`, so that evaluators, demo and visualisers work. They
-    also have `group_scales`: the anchor's scale in pixels of the network's input.
+    also have `anchor_scales`: the anchor's scale in pixels of the network's input.
 
     Attributes:
         by_scale (bool): at test also return "instances_by_scale": the same fields, scale after scale, of what the
@@ -115,11 +115,11 @@ class RPNDetector(BoxDetector):
 
     @staticmethod
     def split_by_scale(candidates: Instances) -> list[Instances]:
-        """The candidates of each anchor scale, whole pixels by `group_scales`, in their order; scales ascend.
+        """The candidates of each anchor scale, whole pixels by `anchor_scales`, in their order; scales ascend.
 
         At least one list, which is empty where there is no candidate.
         """
-        scales = candidates.group_scales.round()
+        scales = candidates.anchor_scales.round()
         return [candidates[scales == scale] for scale in scales.unique()] or [candidates]
 
     @property
@@ -215,11 +215,7 @@ class GroupedFastRCNN(RPNDetector):
 
     def _candidates(self, images: ImageList) -> list[Instances]:
         features = self.backbone(images.tensor)
-        candidates = self.roi_heads.predict_candidates(features, self.proposal_generator.propose(images, features))
-        for x in candidates:
-            x.group_scales = x.anchor_scales
-            x.remove("anchor_scales")
-        return candidates
+        return self.roi_heads.predict_candidates(features, self.proposal_generator.propose(images, features))
 
 
 def has_grouped_heads(name: str) -> bool:
@@ -248,5 +244,5 @@ def _as_detections(proposals: Instances) -> Instances:
     detections.logits = proposals.objectness_logits
     detections.scores = proposals.objectness_logits.sigmoid()
     detections.pred_classes = torch.zeros_like(detections.scores, dtype=torch.int64)
-    detections.group_scales = proposals.anchor_scales
+    detections.anchor_scales = proposals.anchor_scales
     return detections

@@ -1,17 +1,20 @@
-"""The three operators, on CPU and CUDA, for anyone with torch: no Detectron2 is imported and CUDA is not initialised.
+"""The three ops for CPU and CUDA. They need torch only: importing this does not import Detectron2 or initialise CUDA.
 
 Shape shorthand: M ground-truth boxes, N anchors (or proposals), B images, G groups.
 
-Boxes are ``(x1, y1, x2, y2)`` in absolute pixels, ``x2 > x1`` and ``y2 > y1``, area without +1. A box that is empty,
-inverted, NaN, infinite or too large for a float32 area has IoU 0 with everything. Results are the same bits on
-every device, for any number of threads. All ops are non-differentiable, run in float32 under autocast, have shapes
-that do not depend on values, and never synchronise with the host.
+Boxes are ``(x1, y1, x2, y2)`` in absolute pixels, with ``x2 > x1`` and ``y2 > y1``. The area has no +1. A box has IoU 0
+with every box if it is empty, inverted, NaN, infinite, or too large for a float32 area.
 
-Arguments that cannot be right raise ``RuntimeError`` (``ValueError`` for a `method`, `second_pass` or `seed` that there
-is not) with a message "<op>: <argument> must ..., got ...". Memory that runs out raises what it raises in torch's own
-ops, with the words by which it is recognised: ``torch.OutOfMemoryError`` with "CUDA out of memory. " on a GPU,
-``RuntimeError`` with "DefaultCPUAllocator: can't allocate memory" on the CPU. Code from ``torch.compile`` calls the ops
-directly, and there CUDA's is a ``RuntimeError`` of the same words.
+Results are equal bit by bit on every device and for any number of threads. The ops are not differentiable. They run in
+float32 under autocast. Output shapes do not depend on values. The ops never synchronise with the host.
+
+Errors:
+
+- A wrong argument raises ``RuntimeError`` (an unknown `method` or `second_pass`, or a `seed` beyond int64:
+  ``ValueError``). The message is "<op>: <argument> must ..., got ...".
+- If memory runs out, the error is the same as in torch's own ops. On a GPU it is ``torch.OutOfMemoryError`` with
+  "CUDA out of memory. ", on the CPU ``RuntimeError`` with "DefaultCPUAllocator: can't allocate memory". Code from
+  ``torch.compile`` calls the ops directly; there the GPU's error is a ``RuntimeError`` with the same words.
 """
 
 from __future__ import annotations
@@ -39,13 +42,13 @@ _METHOD = {"random": 0, "wrs": 1, "ohem": 2, "ohem_all": 3}
 
 
 class TwoPassMatch(NamedTuple):
-    """Result of :func:`two_pass_match`; each field is [N], or [B, N] for a batch.
+    """Result of :func:`two_pass_match`. Each field is [N], or [B, N] for a batch.
 
     Attributes:
-        matched_idxs (int64): row of the ground truth with the highest IoU, the lowest on ties, 0 where M = 0. Counted
-            from the image's own first ground truth.
+        matched_idxs (int64): index of the ground truth with the highest IoU; the lowest index on ties; 0 if M = 0. In a
+            batch, each image counts from its own first ground truth.
         match_labels (int8): 1 positive, 0 negative, -1 ignored.
-        max_ious (float32): that highest IoU, in [0, 1].
+        max_ious (float32): the highest IoU, in [0, 1].
     """
 
     matched_idxs: Tensor
@@ -54,13 +57,13 @@ class TwoPassMatch(NamedTuple):
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """IoU of every pair of boxes.
+    """Computes the IoU of every pair of boxes.
 
     Args:
-        boxes1 (Tensor[M, 4]), boxes2 (Tensor[N, 4]): floating point; computed in float32.
+        boxes1 (Tensor[M, 4]), boxes2 (Tensor[N, 4]): floating point; the op computes in float32.
 
     Returns:
-        float32 Tensor[M, N] in [0, 1]; ``M = 0`` or ``N = 0`` gives an empty matrix.
+        float32 Tensor[M, N] in [0, 1]; it is empty if ``M = 0`` or ``N = 0``.
 
     Example:
         >>> box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 1], [2.0, 0, 4, 2]]))
@@ -81,22 +84,24 @@ def two_pass_match(
     gt_offsets: Tensor | None = None,
     ignore_offsets: Tensor | None = None,
 ) -> TwoPassMatch:
-    """Labels anchors by two-pass matching (paper, eq. 1 and section 4.1) without an M x N matrix.
+    """Labels anchors by two-pass matching (paper, eq. 1 and section 4.1), without an M x N matrix.
 
-    First pass: label 1 where an anchor's highest IoU is at least `high`, -1 where it is in [`low`, `high`), else 0.
-    Second pass, for each ground truth that no anchor of the first pass took: among the anchors labelled -1 whose best
-    ground truth it is, the one of highest IoU (lowest index on ties) becomes positive.
+    First pass: the label is 1 if an anchor's highest IoU is at least `high`, -1 if it is in [`low`, `high`), else 0.
+    Second pass: a ground truth without a positive anchor gets one of the anchors labelled -1 whose best ground truth it
+    is. The one with the highest IoU (lowest index on ties) becomes positive.
 
     Args:
-        gt_boxes (Tensor[M, 4]): ground truth, of all images one after another if `gt_offsets` is given.
+        gt_boxes (Tensor[M, 4]): ground truth. With `gt_offsets`, the boxes of all images one after another.
         anchors (Tensor[N, 4]): shared by all images; or Tensor[B, N, 4], one set per image.
         low, high (float): thresholds, 0 < low <= high <= 1.
-        second_pass: "best" as above; "all" makes every such anchor positive; "none" leaves the pass out.
-        ignore_boxes (Tensor[K, 4]): a label-0 anchor becomes -1 if at least `ignore_thresh`, in (0, 1], of its area
-            lies in one of these.
-        gt_offsets (int64 Tensor[B + 1]): image b owns gt_boxes[gt_offsets[b]:gt_offsets[b + 1]]; results are then
-            [B, N]. Must rise from 0 to M (an error on the CPU; clamped on the GPU, which cannot look without waiting).
-        ignore_offsets (int64 Tensor[B + 1]): the same for `ignore_boxes`; required with both.
+        second_pass: "best" as above; "all" makes every such anchor positive; "none" skips the second pass.
+        ignore_boxes (Tensor[K, 4]): regions to ignore. An anchor with label 0 becomes -1 if at least the fraction
+            `ignore_thresh` of its area, in (0, 1], lies in one of these boxes.
+        gt_offsets (int64 Tensor[B + 1]): image b has gt_boxes[gt_offsets[b]:gt_offsets[b + 1]]; results are then
+            [B, N]. The offsets must rise from 0 to M. On the CPU wrong offsets raise an error; on the GPU they are
+            clamped, because a check would wait for the device.
+        ignore_offsets (int64 Tensor[B + 1]): the same for `ignore_boxes`; required if `gt_offsets` and `ignore_boxes`
+            are given.
 
     Example:
         >>> faces = torch.tensor([[0.0, 0, 10, 10]])
@@ -134,24 +139,25 @@ def group_subsample(
 ) -> Tensor:
     """Takes the same number of samples from every group (paper, section 4.2).
 
-    In each group K+ = min(#positives, floor(num_per_group * positive_fraction)) positives and
-    K- = min(#negatives, num_per_group - K+) negatives are sampled without replacement. With "ohem_all" the labels
-    compete: min(#positives + #negatives, num_per_group) are sampled, whatever their label.
+    Each group gives K+ = min(#positives, floor(num_per_group * positive_fraction)) positives and
+    K- = min(#negatives, num_per_group - K+) negatives, without replacement. With "ohem_all" the labels compete: each
+    group gives min(#positives + #negatives, num_per_group) samples of either label.
 
     Args:
-        match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative, anything else is never sampled.
-        group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; outside [0, num_groups) it is never sampled.
+        match_labels (int8 Tensor[N] or [B, N]): 1 positive, 0 negative; any other value is never sampled.
+        group_idxs (int64 Tensor[N] or [B, N]): group of each anchor; a value outside [0, num_groups) is never sampled.
         num_groups (int): G, in [1, 1024].
         num_per_group (int): samples per group and image, in [0, 2^31).
-        positive_fraction (float): largest share of positives, in [0, 1]; without effect on "ohem_all".
-        method: "random" uniform; "wrs" weighted reservoir sampling, the K largest r^(1 / (l + 1e-6)) of eq. 3;
-            "ohem" the K of highest loss of each label, the lowest index on ties; "ohem_all" the num_per_group of
-            highest loss of both labels together (section 4.3), the lowest index on ties.
-        losses (float Tensor, shape of match_labels): for all methods but "random", clamped to [0, 1e6], NaN is 0.
-        seed: int64, as an int or a 0-dim tensor on the inputs' device; None draws one from torch's default CPU
-            generator. The random number of an anchor depends on seed, image and index alone.
-        first_image (int): image number of row 0. Image b of a batch gets the samples that ``first_image=b`` gives it
-            alone.
+        positive_fraction (float): largest fraction of positives, in [0, 1]; "ohem_all" does not use it.
+        method: "random": uniform sampling. "wrs": weighted reservoir sampling, the K largest r^(1 / (l + 1e-6)) of
+            eq. 3. "ohem": the K highest losses of each label, the lowest index on ties. "ohem_all": the num_per_group
+            highest losses of both labels together (section 4.3), the lowest index on ties.
+        losses (float Tensor, shape of match_labels): required by all methods except "random". Clamped to [0, 1e6]; NaN
+            counts as 0.
+        seed: int64, as an int or a 0-dim tensor on the inputs' device. None takes a seed from torch's default CPU
+            generator. The random number of an anchor depends only on the seed, the image number and the index.
+        first_image (int): image number of row 0. Image b of a batch gets the same samples as alone with
+            ``first_image=b``.
 
     Returns:
         int8 Tensor of match_labels' shape: 1 or 0 where sampled, -1 elsewhere.

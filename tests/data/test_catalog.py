@@ -172,6 +172,14 @@ def test_what_is_no_list_of_dicts(given):
         load_records("nothing", for_training=True)
 
 
+def test_a_function_that_fails_is_named():
+    DatasetCatalog.register(MINE, lambda: [{}["bbox"]])
+    with pytest.raises(
+        ValueError, match=rf"{MINE}: its function failed in line \d+ of .*test_catalog\.py: KeyError: 'bbox'"
+    ):
+        load_records(MINE, for_training=True)
+
+
 def test_training_needs_no_ids_but_boxes(tmp_path):
     register(tmp_path, lambda record, index: {key: record[key] for key in ("file_name", "gt_boxes")})
     view = build_training_views(config())[0]

@@ -105,7 +105,7 @@ def test_five_times_in_a_row(moments, expected):
 def outputs(scores, scales=None):
     instances = Instances((9, 9), pred_boxes=Boxes(torch.zeros(len(scores), 4)), scores=torch.tensor(scores))
     if scales is not None:
-        instances.group_scales = torch.tensor(scales)
+        instances.anchor_scales = torch.tensor(scales)
     return [{"instances": instances}]
 
 

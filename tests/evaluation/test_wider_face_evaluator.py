@@ -51,7 +51,7 @@ def outputs_of(dicts, with_scales=True):
         boxes = image["gt_boxes"].repeat(2, axis=0) + rng.normal(size=(10, 4)) * 2
         instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
         instances.scores = torch.rand(10, generator=torch.Generator().manual_seed(len(outputs)))
-        instances.group_scales = torch.tensor(rng.choice([16.0, 32.0, 64.0], size=10))
+        instances.anchor_scales = torch.tensor(rng.choice([16.0, 32.0, 64.0], size=10))
         outputs.append({"instances": instances})
         if with_scales:
             outputs[-1]["instances_by_scale"] = Instances.cat(
@@ -65,7 +65,7 @@ def instances_of(rng, boxes, scale, noise):
     boxes = boxes + rng.normal(size=boxes.shape) * noise
     instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
     instances.scores = torch.tensor(rng.random(len(boxes)), dtype=torch.float32)
-    instances.group_scales = torch.full((len(boxes),), scale + 1e-6)
+    instances.anchor_scales = torch.full((len(boxes),), scale + 1e-6)
     return instances
 
 
@@ -134,7 +134,7 @@ def test_by_scale_is_the_protocol_on_each_scale_alone(dataset):
         detections = {}
         for image_id, output in zip(IDS, outputs, strict=True):
             found = output["instances_by_scale"]
-            found = found[found.group_scales.round() == scale]
+            found = found[found.anchor_scales.round() == scale]
             x1, y1, x2, y2 = found.pred_boxes.tensor.double().unbind(dim=1)
             rows = torch.stack([x1, y1, x2 - x1, y2 - y1, found.scores.double()], dim=1)
             detections[image_id] = np.concatenate([rows[:, :4].numpy().round(3), rows[:, 4:].numpy().round(8)], axis=1)
@@ -145,7 +145,7 @@ def test_by_scale_is_the_protocol_on_each_scale_alone(dataset):
 def test_a_detector_of_one_scale_has_the_total_there(dataset):
     outputs = outputs_of(dataset)
     for output in outputs:
-        output["instances"].group_scales = torch.full((10,), 16.0)
+        output["instances"].anchor_scales = torch.full((10,), 16.0)
         output["instances_by_scale"] = output["instances"]
     evaluator = WiderFaceEvaluator(NAME)
     evaluator.process(dataset, outputs)
@@ -157,7 +157,7 @@ def test_a_detector_of_one_scale_has_the_total_there(dataset):
 def test_no_metrics_of_scales_rather_than_wrong_ones(dataset, tmp_path, caplog, which):
     """The final detections tell scales, too, but there a face has survived in one of them only."""
     outputs = outputs_of(dataset, with_scales=which != "none")
-    assert outputs[4]["instances"].has("group_scales")
+    assert outputs[4]["instances"].has("anchor_scales")
     outputs[4].pop("instances_by_scale", None)
     evaluator = WiderFaceEvaluator(NAME, str(tmp_path))
     with caplog.at_level(logging.INFO):
@@ -222,7 +222,7 @@ def test_official_subsets_on_the_mini_set(shared_data, dataset):
         instances = Instances((800, 800), pred_boxes=Boxes(torch.tensor(boxes)))
         instances.scores = torch.tensor(rows[:, 4])
         alone = instances[:3]
-        alone.group_scales = torch.full((len(alone),), 32.0)
+        alone.anchor_scales = torch.full((len(alone),), 32.0)
         evaluator.process([{"image_id": image_id}], [{"instances": instances, "instances_by_scale": alone}])
     metrics = evaluator.evaluate()["wider_face"]
     subsets = ["easy", "medium", "hard", "all"]

@@ -55,12 +55,12 @@ def test_each_scale_has_an_nms_and_a_limit_of_its_own(builder, factors, device):
         ours = result["instances_by_scale"]
         assert ours.get_fields().keys() == result["instances"].get_fields().keys()
         assert ours.scores.device.type == device and ours.image_size == result["instances"].image_size
-        assert ours.group_scales.tolist() == sorted(ours.group_scales.tolist())
+        assert ours.anchor_scales.tolist() == sorted(ours.anchor_scales.tolist())
         for scale in SCALES:
-            alone = found[found.group_scales == scale]
+            alone = found[found.anchor_scales == scale]
             kept = nms(alone.pred_boxes.tensor, alone.scores, 0.5)
             sizes.append(len(kept))
-            ours_alone = ours[ours.group_scales == scale]
+            ours_alone = ours[ours.anchor_scales == scale]
             # Candidates of equal scores may come in another order than before.
             torch.testing.assert_close(ours_alone.scores, alone.scores[kept[:CAP]])
             torch.testing.assert_close(
@@ -115,7 +115,7 @@ def test_only_boxes_of_a_scale_vote_on_its_detections():
     (plain,) = outputs(model, PyramidDetector(model=model, scales=FACTORS), inputs)
     for scale in SCALES:
         ours, before, alone = (
-            x[x.group_scales == scale] for x in (voted["instances_by_scale"], plain["instances_by_scale"], candidates)
+            x[x.anchor_scales == scale] for x in (voted["instances_by_scale"], plain["instances_by_scale"], candidates)
         )
         expected = vote_boxes(before.pred_boxes.tensor, alone.pred_boxes.tensor, alone.scores, 0.5)
         torch.testing.assert_close(ours.pred_boxes.tensor, expected, rtol=1e-5, atol=1e-3)
@@ -129,7 +129,7 @@ def test_nothing_found(builder, factors):
     model.predict_candidates = lambda inputs, predict=model.predict_candidates: [x[:0] for x in predict(inputs)]
     (result,) = outputs(model, detector, [image(96, 128)])
     assert len(result["instances"]) == len(result["instances_by_scale"]) == 0
-    assert result["instances_by_scale"].has("group_scales") and result["instances_by_scale"].has("pred_boxes")
+    assert result["instances_by_scale"].has("anchor_scales") and result["instances_by_scale"].has("pred_boxes")
 
 
 def test_a_detector_that_knows_no_scales_still_runs_on_a_pyramid():

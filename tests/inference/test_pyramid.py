@@ -299,7 +299,7 @@ def test_level_box_size_keeps_each_size_on_its_level():
         boxes = Boxes(torch.stack([corner * 0, corner, side, corner + side], dim=1))
         size = tuple(inputs[0]["image"].shape[1:])
         ones = torch.ones(3)
-        return [Instances(size, pred_boxes=boxes, scores=ones, pred_classes=ones.long(), group_scales=ones * 16)]
+        return [Instances(size, pred_boxes=boxes, scores=ones, pred_classes=ones.long(), anchor_scales=ones * 16)]
 
     model.predict_candidates = predict
     model.nms_thresh = 1.0

@@ -58,9 +58,9 @@ def test_detects_by_both_stages():
     inputs = [image(*SIZE) | {"height": 192, "width": 256}, image(*SIZE, seed=1)]
     for result, candidates, x in zip(model(inputs), model.predict_candidates(inputs), inputs, strict=True):
         found = result["instances"]
-        assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "group_scales"}
+        assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "anchor_scales"}
         assert found.image_size == (x.get("height", SIZE[0]), x.get("width", SIZE[1]))
-        assert set(found.group_scales.tolist()) <= set(map(float, SCALES))
+        assert set(found.anchor_scales.tolist()) <= set(map(float, SCALES))
         kept = nms(candidates.pred_boxes.tensor, candidates.scores, 0.5)[:30]
         assert len(kept) < len(candidates)
         assert torch.equal(found.scores, candidates.scores[kept])

@@ -100,7 +100,7 @@ def test_detector_trains_and_detects():
         instances = result["instances"]
         assert instances.image_size == (height, width)
         assert 0 < len(instances) <= 7
-        assert set(instances.get_fields()) == {"pred_boxes", "scores", "pred_classes", "group_scales"}
+        assert set(instances.get_fields()) == {"pred_boxes", "scores", "pred_classes", "anchor_scales"}
         assert (instances.pred_classes == 0).all()
         assert ((instances.scores > 0) & (instances.scores < 1)).all()
         boxes = instances.pred_boxes.tensor
@@ -114,13 +114,13 @@ def test_detections_are_ranked_by_logits(with_logits):
     boxes = torch.tensor([[10.0, 10, 30, 30], [11, 10, 31, 30], [50, 50, 80, 80], [10, 11, 30, 31], [51, 50, 81, 80]])
     logits = torch.tensor([18.0, 25, 40, 19, 39])
     candidates = Instances((90, 90), pred_boxes=Boxes(boxes), scores=logits.sigmoid())
-    candidates.pred_classes, candidates.group_scales = torch.zeros(5, dtype=torch.int64), logits
+    candidates.pred_classes, candidates.anchor_scales = torch.zeros(5, dtype=torch.int64), logits
     assert (candidates.scores == 1).all()
     if with_logits:
         candidates.logits = logits
     found = model.select_detections(candidates)
-    assert found.group_scales.tolist() == ([40, 25] if with_logits else [18, 40])
-    assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "group_scales"}
+    assert found.anchor_scales.tolist() == ([40, 25] if with_logits else [18, 40])
+    assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "anchor_scales"}
 
 
 def test_scores_fall_though_the_sigmoid_rounds():
@@ -131,12 +131,12 @@ def test_scores_fall_though_the_sigmoid_rounds():
     logits = torch.linspace(14, 20, num)[torch.randperm(num, generator=torch.Generator().manual_seed(0))]
     corner = torch.arange(num)[:, None] * torch.tensor([30.0, 0])
     candidates = Instances((90, 90), pred_boxes=Boxes(torch.cat([corner, corner + 20], dim=1)), logits=logits)
-    candidates.scores, candidates.group_scales = logits.sigmoid() - 1e-7 * (torch.arange(num) % 2), logits
+    candidates.scores, candidates.anchor_scales = logits.sigmoid() - 1e-7 * (torch.arange(num) % 2), logits
     candidates.pred_classes = torch.zeros(num, dtype=torch.int64)
     found = model.select_detections(candidates)
     assert len(found) == num and (found.scores[1:] <= found.scores[:-1]).all()
     equal = found.scores[1:] == found.scores[:-1]
-    assert equal.sum() > num // 2 and (found.group_scales[1:] <= found.group_scales[:-1])[equal].all()
+    assert equal.sum() > num // 2 and (found.anchor_scales[1:] <= found.anchor_scales[:-1])[equal].all()
 
 
 def test_images_without_ignore_boxes():

@@ -319,3 +319,14 @@ def test_an_output_that_is_a_file(run, downloads, tmp_path, below):
     (tmp_path / "file").write_text("mine")
     status, _, err = run(downloads, "--output", tmp_path / "file" / below)
     assert status == 2 and re.search("--output .*file.*: cannot be made a folder .*: name another", err)
+
+
+def test_a_good_link_stays_beside_a_zip_with_more_of_its_own(run, downloads, tmp_path):
+    """The official zip of lists has .mat files and a readme as well."""
+    files = {**CONTENT["wider_face_split.zip"], "wider_face_split/wider_face_train.mat": b"mat"}
+    write_zip(downloads / "wider_face_split.zip", {**files, "wider_face_split/readme.txt": b"text"})
+    source, base = unpacked(tmp_path / "unpacked", downloads, False), tmp_path / "data" / "widerface"
+    for _ in range(2):
+        assert run(source, "--output", tmp_path / "data")[0] == 0
+        assert run(downloads, "--output", tmp_path / "data")[0] == 0
+        assert (base / "wider_face_split").is_symlink() and (base / "ground_truth").is_symlink()

@@ -196,7 +196,7 @@ def test_detects_on_a_pyramid(pipeline):
     boxes = found.pred_boxes.tensor
     assert (boxes >= -1e-3).all() and (boxes <= torch.tensor([140, 100, 140, 100]) + 1e-3).all()
     scales = torch.tensor(model.proposal_generator.anchor_generator.scales)
-    assert torch.allclose((found.group_scales[:, None] - scales).abs().amin(dim=1), torch.zeros(1), atol=1e-3)
+    assert torch.allclose((found.anchor_scales[:, None] - scales).abs().amin(dim=1), torch.zeros(1), atol=1e-3)
 
 
 @each_pipeline
