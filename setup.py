@@ -175,6 +175,7 @@ setup(
             *("safetensors", "scipy", "torchvision", "tqdm"),
         ],
         "timm": ["timm>=1.0"],  # FaceDetector(), and backbones of timm (docs/backbones.md)
+        "heic": ["pillow_heif"],  # pictures of phones
         "export": ["onnx", "onnxruntime", "onnxscript"],  # docs/export.md
     },
     ext_modules=[ext_module],

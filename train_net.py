@@ -10,8 +10,6 @@ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model
 import os
 from glob import glob
 
-import torch
-
 from gs_d2 import compat  # noqa: F401  isort: skip  (says how to install Detectron2 where it is missing)
 
 from detectron2.engine import default_argument_parser, default_setup
@@ -20,11 +18,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gs_d2.checkpoint import fetch_weights
-from gs_d2.command_line import bad_input_ends
+from gs_d2.command_line import bad_input_ends, folder_for, print_any_name
 from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
 from gs_d2.engine.checks import check_classes, check_config, check_training
+from gs_d2.engine.value_checks import check_device
 
 
 @bad_input_ends(one_line=False)
@@ -35,11 +34,7 @@ def checked_config(args):
     if not args.eval_only:
         check_training(cfg)
     cfg.freeze()
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} and torch sees no GPU. "
-            "Add MODEL.DEVICE cpu to the command, or use a config of configs/quick."
-        )
+    check_device(cfg.MODEL.DEVICE)
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
     if args.eval_only and not args.resume and "://ImageNetPretrained/" in cfg.MODEL.WEIGHTS:
@@ -52,6 +47,7 @@ def checked_config(args):
     check_classes(cfg, training=not args.eval_only)
     if cfg.MODEL.WEIGHTS and not (args.resume and glob(os.path.join(cfg.OUTPUT_DIR, "*.pth"))):
         fetch_weights(cfg.MODEL.WEIGHTS)  # what goes wrong is said once, before any process
+    folder_for("OUTPUT_DIR", cfg.OUTPUT_DIR)
     return cfg
 
 
@@ -61,23 +57,33 @@ def setup(cfg, args):
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gs_d2")
 
 
-def main(cfg, args):
-    setup(cfg, args)
+@bad_input_ends(RuntimeError, TypeError)  # of layers that cannot be made
+def built(cfg, args):
+    """The model to evaluate, or the trainer, with its weights."""
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Trainer.build_checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=args.allow_pickle, strict=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return model
+    trainer = Trainer(cfg)
+    trainer.checkpointer.allow_pickle = args.allow_pickle
+    trainer.resume_or_load(resume=args.resume)
+    return trainer
+
+
+def main(cfg, args):
+    setup(cfg, args)
+    if args.eval_only:
+        model = built(cfg, args)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
-    trainer.checkpointer.allow_pickle = args.allow_pickle
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    return built(cfg, args).train()
 
 
 if __name__ == "__main__":
+    print_any_name()
     parser = default_argument_parser()
     parser.add_argument(
         "--allow-pickle",
@@ -87,5 +93,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is needed, for example configs/quick/demo.yaml")
+    if args.num_gpus < 0 or args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
+        parser.error("--num-gpus must be at least 0, --num-machines at least 1, and --machine-rank below it")
     cfg = checked_config(args)
     launch(main, args, cfg.MODEL.DEVICE, (cfg, args))

@@ -253,7 +253,10 @@ def fetch_weights(path: str, path_manager=PathManager) -> None:
     path = path.removesuffix(_HEURISTICS)
     if "://" not in path:
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"no such weights: {path}")
+            what = "is a folder" if os.path.isdir(path) else "is not there"
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: no such weights: {path} {what}; name a file of weights, or '' for none"
+            )
         return
     try:
         path_manager.get_local_path(path)

@@ -5,14 +5,25 @@
 
 import io
 import os
+import re
 
 import yaml
 
 from gs_d2 import compat  # noqa: F401
+from gs_d2.formats.text import decoded
 
 from detectron2.config import CfgNode as CN  # isort: skip
 from detectron2.config import get_cfg  # isort: skip
 
+# What is added to yacs's message on a value of another type, by the type that is wanted.
+_TYPES = {
+    "bool": "; it must be True or False",
+    "float": "; it must be a number with a point, such as 1.0 or 1e-3",
+    "int": "; it must be a whole number",
+    "list": "; it must be a list, such as [1,2], in quotes in a shell",
+    "str": "; it must be text",
+    "tuple": "; it must be a list, such as (1, 2) or, of names, ('my_faces',), in quotes in a shell",
+}
 _MAX_CONFIG_BYTES = 2**20  # of a file, and of what it stands for when all aliases are written out
 
 
@@ -257,8 +268,8 @@ class _LocalConfig(CN):
             raise ValueError(f"the _BASE_ {filename} is not a file of this machine")
         if os.path.getsize(filename) > _MAX_CONFIG_BYTES:
             raise ValueError(f"{filename} has more than {_MAX_CONFIG_BYTES >> 20} MiB: not a config")
-        with open(filename, encoding="utf-8") as file:
-            text = io.StringIO(file.read())
+        with open(filename, "rb") as file:
+            text = io.StringIO(decoded(file.read(), filename))
         text.name = filename  # YAML's messages name it
         _check_aliases(yaml.parse(text), filename)
         text.seek(0)
@@ -299,7 +310,9 @@ def _check_aliases(events, filename):
 
 def _text(error: Exception) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # its own text is in quotes
-    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
+    text = text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"  # yacs prints whole configs
+    expected = re.match(r"Type mismatch \(<class '(\w+)'>", text)
+    return text + (_TYPES.get(expected[1], "") if expected else "")
 
 
 def check_pyramid(cfg):

@@ -1,5 +1,6 @@
 """demo/demo.py: every picture is drawn or named as failing, and no input is overwritten."""
 
+import io
 import os
 import re
 import subprocess
@@ -168,8 +169,14 @@ def test_videos_without_opencv(made, tmp_path, monkeypatch, refused):
             run(*source, "--output", tmp_path)
 
 
-def made_up_cv2(frames, written):
-    """OpenCV's interface, as far as the demo uses it: the video has these frames, and `written` gets the others."""
+def made_up_cv2(frames, written, says=None, lost=0):
+    """OpenCV's interface, as far as the demo uses it: the video has these frames, and `written` gets the others.
+
+    Args:
+        frames: an exception among them is raised.
+        says: how many frames the container names, if others than there are.
+        lost: how many of those written are not in the file.
+    """
     left = iter(frames)
 
     class Writer:
@@ -187,13 +194,20 @@ def made_up_cv2(frames, written):
 
     def read():
         frame = next(left, None)
+        if isinstance(frame, Exception):
+            raise frame
         return frame is not None, frame
 
-    video = SimpleNamespace(
-        isOpened=lambda: True, read=read, release=lambda: None, get=lambda what: {1: len(frames), 2: 24.0}[what]
-    )
+    def capture(source):
+        named = len(frames) if says is None else says
+        num_written = sum(isinstance(frame, np.ndarray) for frame in written) - lost
+        count = num_written if written and written[-1] == "released" else named
+        return SimpleNamespace(
+            isOpened=lambda: True, read=read, release=lambda: None, get=lambda what: {1: count, 2: 24.0}[what]
+        )
+
     return SimpleNamespace(
-        VideoCapture=lambda source: video,
+        VideoCapture=capture,
         VideoWriter=Writer,
         VideoWriter_fourcc=lambda *letters: "".join(letters),
         CAP_PROP_FRAME_COUNT=1,
@@ -216,6 +230,102 @@ def test_a_video(made, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([], written))
     with refused("has no frame that can be read"):
         run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "printed", "err"),
+    [
+        (100, 1, "in 40 of 100 frames", r"x\.avi: ends early, or cannot be decoded further: 40 of 100 frames are done"),
+        (41, 1, "in 40 of 41 frames", "40 of 41 frames are done"),
+        (40, 0, "in 40 frames", "^$"),
+        (39, 0, "in 40 frames", "^$"),
+        (0, 0, "in 40 frames", "^$"),
+        (-(2**63), 0, "in 40 frames", "^$"),
+        (2**62, 0, "in 40 frames", "^$"),
+    ],
+)
+def test_a_video_that_ends_early(made, tmp_path, monkeypatch, capsys, says, status, printed, err):
+    """The container's number of frames may be missing, or wrong."""
+    frames = [np.zeros((80, 120, 3), np.uint8)] * 40
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2(frames, [], says))
+    (tmp_path / "x.avi").touch()
+    assert run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "new" / "deep" / "y.mp4") == status
+    assert (tmp_path / "new" / "deep").is_dir(), "made for the video"
+    out = capsys.readouterr()
+    assert printed in out.out
+    assert re.search(err, "\n".join(line for line in out.err.splitlines() if line.startswith("demo: ")))
+
+
+def test_a_video_that_cannot_be_decoded_or_written(made, tmp_path, monkeypatch, capsys, refused):
+    frames, written = [np.zeros((80, 120, 3), np.uint8)] * 4, []
+    (tmp_path / "x.avi").touch()
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([*frames, ArithmeticError("codec")], written))
+    with refused(r"x\.avi: stopped after 4 frames: codec"):
+        run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "y.mp4")
+    assert written[-1] == "released", "what was written can be played"
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2(frames, [], lost=3))
+    assert run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "y.mp4") == 1
+    assert "y.mp4: only 1 of 4 frames could be written" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with refused(r"--output .*file: cannot be made a folder"):
+        run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "file" / "y.mp4")
+
+
+def test_what_is_no_picture_in_a_folder_is_passed_over(made, pictures, tmp_path, capsys):
+    names = "a.pdf b.h5 c.eps d.fits e.mpg f.json Thumbs.db ._b.jpg .DS_Store g.wmf h.grib i.hdf j.txt".split()
+    for name in names:
+        (pictures / name).write_bytes(b"x")
+    (pictures / "folder.jpg").mkdir()
+    (pictures / "b.jpg").rename(pictures / "b.JPG")
+    for source in (pictures, pictures / "*"):
+        assert run("--input", source, "--output", tmp_path / "out") == 0
+        assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.JPG", "c[1].jpg", "d.png"]
+    # A pattern that names such files is taken at its word, and so is a file.
+    assert run("--input", pictures / "*.json", pictures / "b.h5", "--output", tmp_path / "out") == 1
+    assert "2 of 2 pictures failed" in capsys.readouterr().err
+
+
+def test_heic_is_named_or_read(made, pictures, tmp_path, monkeypatch, capsys):
+    (pictures / "l.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert run("--input", pictures, "--output", tmp_path / "out") == 1
+    out = capsys.readouterr()
+    assert re.search(r"l\.HEIC: cannot be read as an image \(HEIC.*pip install pillow-heif", out.err)
+    assert "1 of 5 pictures failed" in out.err and len(os.listdir(tmp_path / "out")) == 4
+
+    def register_heif_opener():  # in place of the real one, which gives Pillow the same
+        Image.register_open("HEIF", lambda file, name: Image.new("RGB", (120, 80)), lambda head: b"ftypheic" in head)
+
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    assert run("--input", pictures / "l.HEIC", "--output", tmp_path / "out") == 0
+    assert is_drawn(tmp_path / "out" / "l.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"), [("\u9854 \u5199.jpg", "cp1252"), ("caf\udce9.jpg", "utf-8"), ("\u9854.jpg", "ascii")]
+)
+def test_a_name_that_the_console_cannot_print(made, pictures, tmp_path, monkeypatch, name, encoding):
+    try:
+        (pictures / "b.jpg").rename(pictures / name)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    assert run("--input", pictures / name, pictures / "a.png", tmp_path / name, "--output", tmp_path / "out") == 1
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(["a.png", name])
+    printed = [stream.detach().getvalue() for stream in streams]
+    assert b".jpg: 2 faces in" in printed[0] and b"no such image: " in printed[1]
+
+
+def test_the_folder_of_pictures_cannot_be_made(made, pictures, tmp_path, refused):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "x", tmp_path / "file" / "x.jpg", tmp_path / "file"):
+        with refused(r"--output .*file.*: cannot be made a folder"):
+            run("--input", pictures / "b.jpg", "--output", output)
+    assert not made
 
 
 def test_the_command_with_a_model(pictures, tmp_path):

@@ -65,7 +65,15 @@ RULES = {
     "config": Rule(
         files=("gs_d2/config.py",),
         # data and modeling to register them, the checks when they are asked for
-        may=("yaml", "detectron2.config", "gs_d2.compat", "gs_d2.data", "gs_d2.modeling", "gs_d2.engine.checks"),
+        may=(
+            "yaml",
+            "detectron2.config",
+            "gs_d2.compat",
+            "gs_d2.data",
+            "gs_d2.engine.checks",
+            "gs_d2.formats.text",
+            "gs_d2.modeling",
+        ),
         cfg="anywhere",
     ),
     "unread keys": Rule(files=("gs_d2/unread_keys.py",), may=()),
@@ -161,7 +169,9 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
-    "formats": Rule(files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "h5py", "PIL", "tqdm", "gs_d2.formats")),
+    "formats": Rule(
+        files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "h5py", "PIL", "pillow_heif", "tqdm", "gs_d2.formats")
+    ),
     "data loaders": Rule(
         files=("gs_d2/data/loaders.py",),
         may=("numpy", "torch", "detectron2.data", "gs_d2.data", "gs_d2.formats.images.TransientReadError"),
@@ -340,8 +350,19 @@ RULES = {
             "gs_d2.config.add_gs_config",
             "gs_d2.config.check_pyramid",
             "gs_d2.engine.schedule.FLAT_DECAY",
+            "gs_d2.engine.value_checks.check_values",
             "gs_d2.modeling.description_of",
             "gs_d2.unread_keys",
+        ),
+        cfg="anywhere",
+    ),
+    "value checks": Rule(  # of keys and values alone
+        files=("gs_d2/engine/value_checks.py",),
+        may=(
+            "torch",
+            "detectron2.config.get_cfg",
+            "detectron2.modeling.BACKBONE_REGISTRY",
+            "gs_d2.engine.schedule.FLAT_DECAY",
         ),
         cfg="anywhere",
     ),
@@ -579,6 +600,7 @@ VIOLATIONS = [
     ("engine without cfg", "gs_d2/engine/train_data.py", "def build(cfg):\n    pass", "cfg"),
     ("optimizer", "gs_d2/engine/optimizer.py", "from detectron2 import data", "detectron2.data"),
     ("checks", "gs_d2/engine/checks.py", "from gs_d2.modeling import RPNDetector", "gs_d2.modeling.RPNDetector"),
+    ("value checks", "gs_d2/engine/value_checks.py", "from gs_d2.modeling import ops", "gs_d2.modeling.ops"),
     ("engine", "gs_d2/engine/trainer.py", "from gs_d2 import ops", "gs_d2.ops"),
     ("engine", "gs_d2/engine/__init__.py", "from gs_d2 import visualization", "gs_d2.visualization"),
     ("export", "gs_d2/inference/export.py", "import onnx", "onnx"),

@@ -305,7 +305,7 @@ def test_weights_that_cannot_be_had_are_said_once(monkeypatch, drawn_datasets, t
     command = ("--config-file", str(ROOT / CONFIG))
     for weights, message in (
         ("detectron2://nowhere/R-50.pkl", r"cannot be downloaded .*tools/convert_torchvision\.py[^\n]*\n$"),
-        ("nowhere/R-50.pth", r"no such weights: nowhere/R-50\.pth\n$"),
+        ("nowhere/R-50.pth", r"MODEL\.WEIGHTS: no such weights: nowhere/R-50\.pth is not there"),
     ):
         opts = (*data, "MODEL.WEIGHTS", weights)
         with refused(message), monkeypatch.context() as offline:

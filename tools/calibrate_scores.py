@@ -15,8 +15,9 @@ import argparse
 from tqdm import tqdm
 
 from gs_d2.analysis.score_calibration import calibration_of
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, file_for, parser_of
 from gs_d2.config import load_config
+from gs_d2.conversion.converted import check_suffix
 from gs_d2.data.catalog import load_records
 from gs_d2.data.subset import register_subset
 from gs_d2.engine import Trainer
@@ -27,6 +28,9 @@ from gs_d2.weights import write_weights
 @bad_input_ends()
 def main(argv: list[str] | None = None):
     args = parse(argv)
+    check_suffix(file_for("--output", args.output), ".pth", ".safetensors")
+    if args.images < 1:
+        raise ValueError(f"--images must be at least 1, got {args.images}")
     cfg = load_config(args.config_file, args.opts)
     if cfg.TEST.GS.PYRAMID:
         raise ValueError("detectors are calibrated at one scale: set TEST.GS.PYRAMID False")
@@ -36,7 +40,7 @@ def main(argv: list[str] | None = None):
         raise ValueError(
             f"only single-stage detectors with anchors can be calibrated, not {cfg.MODEL.META_ARCHITECTURE}"
         )
-    Trainer.build_checkpointer(model, "").load(cfg.MODEL.WEIGHTS)
+    Trainer.build_checkpointer(model, "", strict=True).load(cfg.MODEL.WEIGHTS)
     dataset = register_subset(args.dataset, args.images)
     loader, dataset_dicts = Trainer.build_test_loader(cfg, dataset), load_records(dataset, for_training=False)
     images = ((inputs[0], d) for inputs, d in zip(tqdm(loader, unit="image"), dataset_dicts, strict=True))
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None):
 
 def parse(argv) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the config that was trained with")
     parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered data set with annotations")
     parser.add_argument("--images", type=int, default=300, metavar="N", help="of the data set (default: %(default)s)")
     parser.add_argument("--output", required=True, metavar="FILE", help=".pth or .safetensors")

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, file_for, folder_for, parser_of
 from gs_d2.evaluation.curves import load_curves
 from gs_d2.evaluation.face_eval import FaceEvalResult, evaluate_face_eval
 from gs_d2.evaluation.fddb import FddbResult, evaluate_fddb
@@ -30,7 +30,7 @@ from gs_d2.formats.wider_predictions import read_wider_predictions, write_wider_
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, allow_abbrev=False)
-    parser.add_argument("benchmark", choices=["wider_face", "fddb", "afw", "pascal_face"])
+    parser.add_argument("benchmark", choices=["wider_face", "fddb", "afw", "pascal_face"], help="whose protocol")
     parser.add_argument("--predictions", required=True, type=Path, metavar="PATH", help="the detections")
     parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="the official annotations")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write results.json, curves (npz) and a picture")
@@ -70,7 +70,10 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     evaluate = {"wider_face": run_wider_face, "fddb": run_fddb}.get(args.benchmark, run_face_eval)
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
+        folder_for("--output", args.output)
+    for flag, file in (("--json", args.json), ("--submission", args.submission)):
+        if file and not (flag == "--submission" and not file.suffix):  # a folder
+            file_for(flag, file)
     result = evaluate(args)
     if args.json:
         write_summary(result, {}, args.json)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, file_for, parser_of
 from gs_d2.config import load_config
 from gs_d2.formats.images import as_rgb
 from gs_d2.formats.whole_file import write_whole
@@ -38,7 +38,7 @@ PACKAGES = "pip install -c constraints.txt onnx onnxruntime onnxscript"
 @bad_input_ends()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    path = output_path(args.output, args.format)
+    path = file_for("--output", output_path(args.output, args.format))
     if args.format == "onnx":
         need_packages()
     sample = as_rgb(args.sample_image) if args.sample_image else None

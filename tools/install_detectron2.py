@@ -181,10 +181,10 @@ def text_of(command):
     return " ".join(map(str, command))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--route", choices=["auto", "official", "index"], default="auto", help="insist on one way")
-    route = parser.parse_args().route
+    route = parser.parse_args(argv).route
     try:
         metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -6,44 +6,32 @@
     tools/prepare_wider_face.py --check-only
 
 The result is <output>/widerface; set DETECTRON2_DATASETS to <output>. What is there already is left alone, so the
-command can be repeated. A layout made by hand serves as well: --check-only tells whether it is right. Exit code 2 where
-something is missing or wrong.
+command can be repeated; but a link is moved to a source that has more of the files. A layout made by hand serves as
+well: --check-only tells whether it is right. Exit code 2 where something is missing or wrong.
 """
 
+import collections
 import os
 import shutil
 import sys
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.data import load_wider_face
+from gs_d2.data.wider_face_layout import LISTS, MATS, PARTS, find_parts, num_files, plan
 from gs_d2.formats.files import ZipLimits, open_zip
+from gs_d2.formats.folders import files_below, undoubled
 from gs_d2.formats.images import as_rgb
 
 PAGE = "http://shuoyang1213.me/WIDERFACE/"
 SPLITS = {"train": (12880, 159420), "val": (3226, 39708), "test": (16097, 0)}  # images and boxes of the official lists
-LISTS = {split: f"wider_face_{split}_bbx_gt.txt" for split in ("train", "val")} | {
-    "test": "wider_face_test_filelist.txt"
-}
-MATS = [f"wider_{subset}_val.mat" for subset in ("face", "easy", "medium", "hard")]
-
-# Folder of the layout -> which of a zip's files belong there, and the zip's name on the official page.
-_IMAGES, _LISTS = (".jpg", ".jpeg", ".png"), (".txt", ".mat")
-PARTS = {
-    "WIDER_train": (_IMAGES, "WIDER_train.zip"),
-    "WIDER_val": (_IMAGES, "WIDER_val.zip"),
-    "WIDER_test": (_IMAGES, "WIDER_test.zip"),
-    "wider_face_split": (_LISTS, "wider_face_split.zip"),
-    "ground_truth": (_LISTS, "eval_tools.zip"),
-}
 
 # What a zip may hold. The largest real one has 16,097 images, 1.9 GB together.
 LIMITS = ZipLimits(entries=100_000, file_bytes=64 * 2**20, total_bytes=8 * 2**30)
-_MAX_DEPTH = 3  # folders below a source that are searched
 
 
 @bad_input_ends()
@@ -73,33 +61,16 @@ def main(argv: list[str] | None = None):
     print(f"{base} is whole. Use it with: export DETECTRON2_DATASETS={args.output.resolve()}")
 
 
-def find_parts(sources: list[Path]) -> list[tuple[str, Path]]:
-    """(part of the layout, or "zip", and where it is) for all that the sources hold; zips first."""
-    found = []
-    for source in sources:
-        if not source.exists():
-            raise ValueError(f"{source}: no such file or folder")
-        if source.is_file():
-            if not zipfile.is_zipfile(source):
-                raise ValueError(f"{source}: not a zip, or damaged; download it again")
-            found.append(("zip", source))
-            continue
-        for folder, names, files in os.walk(source):
-            folder = Path(folder)
-            if folder.name in PARTS:
-                found.append((folder.name, folder))
-                names.clear()
-                continue
-            if len(folder.relative_to(source).parts) >= _MAX_DEPTH:
-                names.clear()
-            names.sort()
-            official = tuple(Path(name).stem.lower() for _, name in PARTS.values())
-            found += [
-                ("zip", folder / name)
-                for name in sorted(files)
-                if name.lower().endswith(".zip") and name.lower().startswith(official)
-            ]
-    return sorted(found, key=lambda item: item[0] != "zip")
+def make_room(target: Path, part: str, num_new: int) -> bool:
+    """Whether a part can be put there: nothing is, or an empty folder or a link to fewer of its files, which go."""
+    if target.is_symlink():
+        if num_files(part, target) >= num_new:
+            return False
+        print(f"{target} was linked to {target.readlink()}, which has fewer of its files")
+        target.unlink()
+    elif target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    return not target.exists()
 
 
 def place(part: str, source: Path, base: Path, copy: bool):
@@ -108,17 +79,16 @@ def place(part: str, source: Path, base: Path, copy: bool):
         unpack(source, base)
         return
     target = base / part
-    if target.exists() and target.resolve() == source.resolve():
-        return
-    if target.is_symlink() or target.exists():
+    if source.resolve() == target.resolve() or (source.is_relative_to(target) and not target.is_symlink()):
+        return  # it is there, perhaps in a folder of its own name once more
+    if not make_room(target, part, num_files(part, source)):
         print(f"{target} is there already; {source} is left alone")
         return
-    base.mkdir(parents=True, exist_ok=True)
+    folder_for("--output", base)
     if copy:
         partial = target.with_name(target.name + ".part")
         shutil.rmtree(partial, ignore_errors=True)
-        files = [path for path in source.rglob("*") if path.is_file()]
-        for path in tqdm(files, desc=f"copying {part}", unit="file"):
+        for path in tqdm(files_below(source), desc=f"copying {part}", unit="file"):
             copied = partial / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
@@ -139,7 +109,9 @@ def unpack(archive: Path, base: Path):
         zip_file, files = open_zip(archive, LIMITS)
         with zip_file:
             members = plan(archive, files)
-            linked = {part for part in PARTS if (base / part).is_symlink()}
+            count = collections.Counter(target.parts[0] for target, _ in members)
+            linked = {part for part in count if (base / part).is_symlink()}
+            linked = {part for part in linked if not make_room(base / part, part, count[part])}
             todo = []
             for target, info in members:
                 path = base / target
@@ -147,7 +119,7 @@ def unpack(archive: Path, base: Path):
                     continue
                 todo.append((path, info))
             need = sum(info.file_size for _, info in todo)
-            base.mkdir(parents=True, exist_ok=True)
+            folder_for("--output", base)
             if need > shutil.disk_usage(base).free:
                 raise ValueError(f"{archive}: needs {need / 1e9:.1f} GB in {base}, more than is free there")
             with tqdm(total=need, desc=archive.name, unit="B", unit_scale=True, disable=not todo) as bar:
@@ -163,21 +135,6 @@ def unpack(archive: Path, base: Path):
     print(f"{archive.name}: {len(todo)} files unpacked, {len(members) - len(todo)} were there")
 
 
-def plan(archive: Path, files: dict[str, zipfile.ZipInfo]) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
-    """Where each file of a zip goes, relative to widerface/; what is no part of the data set goes nowhere."""
-    members = []
-    for name, info in files.items():
-        path = PurePosixPath(name)
-        part = next((name for name in path.parts[:-1] if name in PARTS), None)
-        hidden = any(name.startswith(".") for name in path.parts)
-        if part is None or hidden or path.suffix.lower() not in PARTS[part][0]:
-            continue
-        members.append((PurePosixPath(*path.parts[path.parts.index(part) :]), info))
-    if not members:
-        raise ValueError(f"{archive}: has none of {', '.join(PARTS)} in it; is it one of the official zips?")
-    return members
-
-
 def check(base: Path, splits: list[str], read_images: bool = False) -> list[str]:
     """Prints what is there and what is not, and returns what is wrong with the parts that must be whole."""
     problems = []
@@ -185,7 +142,7 @@ def check(base: Path, splits: list[str], read_images: bool = False) -> list[str]
         found = check_split(base, split, num_images, num_boxes, read_images and split in splits)
         print(f"wider_face_{split}: " + ("; ".join(found) or f"{num_images:,} images, {num_boxes:,} boxes: whole"))
         problems += [f"{split}: {problem}" for problem in found] if split in splits else []
-    absent = [name for name in MATS if not (base / "ground_truth" / name).is_file()]
+    absent = [name for name in MATS if not undoubled(base / "ground_truth" / name).is_file()]
     print(f"ground_truth: {'no ' + ', '.join(absent) + _from('ground_truth') if absent else 'whole'}")
     if absent and "val" in splits:
         problems.append(f"ground_truth: no {', '.join(absent)}{_from('ground_truth')}")
@@ -193,7 +150,7 @@ def check(base: Path, splits: list[str], read_images: bool = False) -> list[str]
 
 
 def check_split(base: Path, split: str, num_images: int, num_boxes: int, read_images: bool = False) -> list[str]:
-    list_file = base / "wider_face_split" / LISTS[split]
+    list_file = undoubled(base / "wider_face_split" / LISTS[split])
     if not list_file.is_file():
         return [f"no {list_file.name}{_from('wider_face_split')}"]
     records = load_wider_face(list_file, base / f"WIDER_{split}" / "images")

@@ -1,6 +1,5 @@
 """The whole project on a small scale: finds faces in a photograph, then trains on generated ones and evaluates."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -8,17 +7,20 @@ import sys
 import time
 from pathlib import Path
 
+from gs_d2.command_line import bad_input_ends, folder_for, parser_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPH = "demo/astronaut.jpg"
 EXPECTED_AP = 60.0  # percent, on all faces of the held-out images
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+@bad_input_ends()
+def main(argv=None):
+    parser = parser_of(__doc__)
     parser.add_argument("--output", default="output/demo", help="folder for everything the demo writes")
     parser.add_argument("opts", nargs="*", help="config overrides, KEY VALUE ...")
-    args = parser.parse_args()
-    output = Path(args.output)
+    args = parser.parse_args(argv)
+    output = folder_for("--output", args.output)
     datasets = output / "datasets"
     start = time.monotonic()
 

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gs_d2.analysis.samples import LABELS, SIZE_RULE, TITLES, count_annotations, read_runs, shares, shares_of_samples
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, parser_of, picture_for
 from gs_d2.formats.json_text import json_text
 from gs_d2.formats.whole_file import write_text
 
@@ -45,7 +45,9 @@ def main(argv=None):
         parser.error("metrics.json of runs needs none of --config-file, --dataset, --num-images and --seed")
     if counting.get("num_images", 1) < 1 or counting.get("seed", 0) < 0:
         parser.error("--num-images must be at least 1 and --seed at least 0")
-    output = Path(args.output)
+    output = picture_for("--output", args.output)
+    if output.with_suffix(".json").resolve() in [Path(file).resolve() for file in args.metrics]:
+        raise ValueError(f"--output {output}: {output.with_suffix('.json')} would be overwritten by the numbers")
     if args.metrics:
         counted = {"unit": "anchors per image, mean over the run", "detectors": read_runs(args.metrics)}
     else:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from gs_d2 import model_zoo
 from gs_d2.analysis.sweep import prepare, read_results, spread, write_script
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, folder_for, parser_of, picture_for
 from gs_d2.evaluation.report import format_table
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
@@ -45,17 +45,18 @@ def main(argv=None):
     plotting.add_argument("--dataset", default="wider_face_val", help="tested on (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.command == "prepare":
+        if args.num_gpus < 0:
+            parser.error("--num-gpus must be at least 0")
         configs = args.config_file or [model_zoo.get_config_file(name) for name in FIG_6]
         runs = prepare(TRAIN_NET, configs, args.values, args.seeds, args.output, args.opts, args.num_gpus)
-        script = write_script(runs, Path(args.output))
+        script = write_script(runs, folder_for("--output", args.output))
         print(f"{len(runs)} runs, {sum(run['results'].is_file() for run in runs)} finished. Written: {script}")
         if args.run and subprocess.run(["sh", str(script)]).returncode != 0:
             raise ValueError("a run failed, its messages are above; the same command goes on from here")
     else:
         found = read_results(Path(args.input), args.dataset)
         print_table(found)
-        picture = Path(args.output or Path(args.input) / "sweep.png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture = picture_for("--output", args.output or Path(args.input) / "sweep.png")
         plot(found, picture)
         print(f"Written: {picture}")
 

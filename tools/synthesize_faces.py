@@ -6,9 +6,7 @@
 The same command gives the same files.
 """
 
-from pathlib import Path
-
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.data.generated_faces import synthesize
 
 
@@ -20,12 +18,16 @@ def main(argv=None):
     )
     parser.add_argument("--train", type=int, default=240, help="number of training images")
     parser.add_argument("--val", type=int, default=60, help="number of validation images")
-    parser.add_argument("--size", type=int, nargs=2, default=(288, 384), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(288, 384), metavar=("HEIGHT", "WIDTH"), help="of the images, in pixels"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is generated")
     args = parser.parse_args(argv)
     if min(args.train, args.val, args.seed) < 0 or min(args.size) < 1:
         parser.error("--train, --val and --seed must be at least 0, and --size at least 1")
-    synthesize(Path(args.output), {"train": args.train, "val": args.val}, tuple(args.size[::-1]), args.seed)
+    synthesize(
+        folder_for("--output", args.output), {"train": args.train, "val": args.val}, tuple(args.size[::-1]), args.seed
+    )
 
 
 if __name__ == "__main__":

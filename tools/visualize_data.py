@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from gs_d2 import model_zoo
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.config import load_config
 from gs_d2.data import catalog
 from gs_d2.data.records import faces_of, name_of
@@ -43,6 +43,10 @@ def main(argv=None):
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
     cfg = load_config(args.config_file or model_zoo.get_config_file("Base-WIDER.yaml"), args.opts)
+    if args.num_images < 0:
+        parser.error("--num-images must be at least 0")
+    if not args.show:
+        folder_for("--output-dir", args.output_dir)
     visualize = from_annotations if args.source == "annotation" else from_dataloader
     write(visualize(cfg, args.num_images), Path(args.output_dir), args.show)
 
@@ -55,7 +59,6 @@ def write(pictures, output_dir, show):
         if show:
             picture.show(title=name)
             continue
-        output_dir.mkdir(parents=True, exist_ok=True)
         suffix = "" if seen[name] == 1 else f"_{seen[name]}"
         picture.save(output_dir / f"{name}{suffix}.jpg", quality=92)
 

@@ -4,14 +4,15 @@
 tools/visualize_results.py --predictions results.zip --output pictures
 """
 
-from pathlib import Path
+import math
+import sys
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from gs_d2.analysis.hits import match_detections
-from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.analysis.hits import match_detections, why_none_is_shown
+from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.data.catalog import load_records
 from gs_d2.data.records import faces_of, name_of
 from gs_d2.formats import face_eval, fddb
@@ -29,7 +30,9 @@ def main(argv=None):
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="lowest score shown")
     parser.add_argument("--num-images", type=int, default=20, help="how many, evenly spread; 0 is all")
     args = parser.parse_args(argv)
-    visualize(args.dataset, args.predictions, Path(args.output), args.confidence_threshold, args.num_images)
+    if args.num_images < 0 or not math.isfinite(args.confidence_threshold):
+        parser.error("--num-images must be at least 0, and --confidence-threshold a number")
+    visualize(args.dataset, args.predictions, args.output, args.confidence_threshold, args.num_images)
 
 
 def visualize(dataset, predictions, output, lowest_score, num_images):
@@ -39,7 +42,9 @@ def visualize(dataset, predictions, output, lowest_score, num_images):
     short_names = len({name_of(record) for record in records}) == len(records)
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
-    output.mkdir(parents=True, exist_ok=True)
+    output = folder_for("--output", output)
+    if problem := why_none_is_shown(detections, [str(record["image_id"]) for record in records], lowest_score):
+        print(f"visualize_results: WARNING: {predictions}: {problem}", file=sys.stderr)
     for record in tqdm(records, desc="pictures", unit="image"):
         rows = detections.get(str(record["image_id"]), np.zeros((0, 5)))
         rows = rows[rows[:, 4] >= lowest_score]

@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from gs_d2.data.missing_files import check_images, where_it_belongs
 from gs_d2.data.records import Record
 from gs_d2.formats.face_eval import TITLES, read_annotations
+from gs_d2.formats.folders import undoubled
 
 _IMAGE_FOLDERS = {"afw": "testimages", "pascal_face": "images"}
 
@@ -51,9 +52,10 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
         faces = read_annotations(annotations, benchmark)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {hint}") from error
+    base = undoubled(image_root)
     dataset_dicts = [
         Record(
-            file_name=os.path.join(image_root, f"{image}.jpg"),
+            file_name=os.path.join(base, f"{image}.jpg"),
             image_id=image,
             gt_boxes=boxes.astype(np.float32),
             gt_ignore=faces.ignored[image],

@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from gs_d2.data.missing_files import check_images, where_it_belongs
 from gs_d2.data.records import Record
 from gs_d2.formats.fddb import bounding_boxes, read_annotations
+from gs_d2.formats.folders import undoubled
 
 
 def load_fddb(annotations, image_root) -> list[dict]:
@@ -41,11 +42,11 @@ def load_fddb(annotations, image_root) -> list[dict]:
         ellipses_of = read_annotations(annotations)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {hint}") from error
-    dataset_dicts = []
+    dataset_dicts, base = [], undoubled(image_root)
     for image, ellipses in ellipses_of.items():
         dataset_dicts.append(
             Record(
-                file_name=os.path.join(image_root, f"{image}.jpg"),
+                file_name=os.path.join(base, f"{image}.jpg"),
                 image_id=image,
                 gt_ellipses=ellipses,
                 gt_boxes=bounding_boxes(ellipses).astype(np.float32),

@@ -2,6 +2,8 @@
 
 import os
 
+from gs_d2.formats.folders import undoubled
+
 
 def where_it_belongs(data_set: str, layout: str) -> str:
     """A sentence that names DETECTRON2_DATASETS, what it is now, and the layout below it."""
@@ -12,7 +14,7 @@ def where_it_belongs(data_set: str, layout: str) -> str:
 
 def check_folder(image_root, hint: str) -> None:
     """Raises FileNotFoundError, with the hint, unless there is such a folder."""
-    if not os.path.isdir(image_root):
+    if not os.path.isdir(undoubled(image_root)):
         raise FileNotFoundError(f"There is no folder {image_root} with the images. {hint}")
 
 

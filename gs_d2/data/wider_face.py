@@ -9,13 +9,13 @@ Layout under $DETECTRON2_DATASETS (default ./datasets), with the official folder
 """
 
 import os
-from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gs_d2.data.missing_files import where_it_belongs
 from gs_d2.data.records import Record
+from gs_d2.formats.folders import undoubled
 from gs_d2.formats.wider_face import add_labels, read_list
 
 
@@ -41,13 +41,14 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
         ValueError: a line cannot be what it should be, or an image comes twice; names file and line. Or the .mat is
             damaged.
     """
-    list_file = Path(list_file)
+    list_file = undoubled(list_file)
     if not list_file.is_file():
         layout = "widerface/wider_face_split and widerface/WIDER_{train,val,test}/images"
         raise FileNotFoundError(f"There is no list {list_file}. {where_it_belongs('WIDER FACE', layout)}")
     images = read_list(list_file)
-    if attributes_mat is not None and Path(attributes_mat).is_file():
-        add_labels(images, attributes_mat)
+    image_root = undoubled(image_root)
+    if attributes_mat is not None and undoubled(attributes_mat).is_file():
+        add_labels(images, undoubled(attributes_mat))
     return [
         Record(
             file_name=os.path.join(image_root, image.path),

@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 
 from gs_d2.config import add_gs_config, check_pyramid
 from gs_d2.engine.schedule import FLAT_DECAY
+from gs_d2.engine.value_checks import check_values
 from gs_d2.modeling import description_of
 from gs_d2.unread_keys import OF_TRAINER
 
@@ -16,7 +17,8 @@ _logger = logging.getLogger(__name__)
 
 
 def check_config(cfg, training: bool = True):
-    """Refuses what silently breaks the config's detector or does nothing in it, and contradictory settings.
+    """Refuses values out of range, what silently breaks the config's detector or does nothing in it, and contradictory
+    settings.
 
     Args:
         training: False leaves out what has no meaning at test.
@@ -25,6 +27,7 @@ def check_config(cfg, training: bool = True):
         ValueError: naming every such key, its value and what to set. Detectron2 defaults that break the detector are
             allowed by MODEL.GS.KEEP_DEFAULTS.
     """
+    check_values(dict(_leaves(cfg)), training)
     if cfg.TEST.GS.PYRAMID:
         check_pyramid(cfg)
     detector = description_of(cfg.MODEL.META_ARCHITECTURE)

@@ -60,8 +60,8 @@ def _launch_by_detectron2(main, args, main_args):
             args=main_args,
         )
     except ProcessExitedException as error:
-        if error.exit_code == EXIT_CODE:
-            sys.exit(EXIT_CODE)
+        if error.exit_code in (2, EXIT_CODE):  # bad input, which that process has named, or a stop by SIGTERM
+            sys.exit(error.exit_code)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gs_d2.formats.fddb import bounding_boxes
+from gs_d2.formats.folders import undoubled
 from gs_d2.formats.progress import track
 
 _LONGEST_SIDE = 450  # of every image of FDDB
@@ -167,7 +168,7 @@ def image_sizes_of(folder: str | os.PathLike, images: list[str]) -> dict[str, tu
     """Sizes (width, height) of those images whose `<image>.jpg` is below a folder; needs Pillow."""
     from PIL import Image
 
-    sizes = {}
+    sizes, folder = {}, undoubled(folder)
     for image in track(images, "image sizes"):
         path = os.path.join(folder, f"{image}.jpg")
         if os.path.exists(path):

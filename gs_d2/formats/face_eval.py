@@ -9,6 +9,7 @@ import numpy as np
 from gs_d2.formats.files import BOX_FORMAT, SCORE_FORMAT, FileTree, parse_rows
 from gs_d2.formats.mat import load_mat
 from gs_d2.formats.progress import track
+from gs_d2.formats.text import lines_of
 
 TITLES = {"afw": "AFW", "pascal_face": "PASCAL faces"}  # of the benchmarks, as a person calls them
 MIN_FACE = 30  # pixels; smaller annotated faces are ignored
@@ -54,7 +55,7 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
     if benchmark not in _FILE_NAMES:
         raise ValueError(f"benchmark must be one of {', '.join(_FILE_NAMES)}, got {benchmark!r}")
     with FileTree(path) as tree:
-        names = [n for n in tree.names if n.rsplit("/", 1)[-1] == _FILE_NAMES[benchmark]]
+        names = [n for n in tree.names if n.rsplit("/", 1)[-1].lower() == _FILE_NAMES[benchmark].lower()]
         if not names and tree.is_file:  # named by the user, whatever it is called
             names = tree.names
         if not names:
@@ -95,17 +96,17 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     images: dict[str, np.ndarray] = {}
     with FileTree(path) as tree:
-        names = [n for n in tree.names if n.endswith(".txt")] if len(tree.names) > 1 else tree.names
+        names = tree.distinct(tree.named(".txt")) if len(tree.names) > 1 else tree.names
         if not names:
             raise ValueError(f"{path}: no .txt file below it; need lines `image score x1 y1 x2 y2`")
         for name in track(names, "reading detections"):
             where, image_of_row, rows = tree.where(name), [], []
-            for number, line in enumerate(tree.read_text(name).split("\n"), 1):
-                image, _, numbers = line.strip().partition(" ")
-                rows.append(numbers)
+            for number, line in enumerate(lines_of(tree.read_text(name)), 1):
+                image, *numbers = line.split(None, 1) or [""]
+                rows += numbers or [""]
                 if image:
                     image_of_row.append(image_name(image))
-                    if not numbers.strip():
+                    if not numbers:
                         raise ValueError(f"{where}, line {number}: need `image score x1 y1 x2 y2`")
             values = parse_rows(rows, 1, 5, where)[:, [1, 2, 3, 4, 0]]
             by_image: dict[str, list[int]] = {}

@@ -7,6 +7,7 @@ import numpy as np
 
 from gs_d2.formats.files import BOX_FORMAT, SCORE_FORMAT, FileTree, is_inside, parse_count, parse_rows
 from gs_d2.formats.progress import track
+from gs_d2.formats.text import end_of, lines_of
 
 _MAX_NUMBER = 1e6  # pixels
 
@@ -23,7 +24,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: for a malformed list.
     """
     with FileTree(path) as tree:
-        names = [n for n in tree.names if "ellipselist" in n.rsplit("/", 1)[-1].lower() and n.endswith(".txt")]
+        names = tree.distinct(n for n in tree.named(".txt") if "ellipselist" in n.rsplit("/", 1)[-1].lower())
         if not names and tree.is_file:  # named by the user, whatever it is called
             names = tree.names
         if not names:
@@ -47,7 +48,7 @@ def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: for a malformed file, an image given twice, or rectangles mixed with ellipses.
     """
     with FileTree(path) as tree:
-        names = [n for n in tree.names if n.endswith(".txt")] if len(tree.names) > 1 else tree.names
+        names = tree.distinct(tree.named(".txt")) if len(tree.names) > 1 else tree.names
         if not names:
             raise ValueError(f"{path}: no .txt file below it; need detections in FDDB's format")
         return read_region_lists(tree, track(names, "reading lists"), (5, 6))
@@ -87,45 +88,44 @@ def read_region_lists(
     images: dict[str, np.ndarray] = {}
     num_columns = None
     for name in names:
-        where, lines, at = tree.where(name), tree.read_text(name).splitlines(), 0
+        where, lines, at = tree.where(name), lines_of(tree.read_text(name)), 0
         while at < len(lines):
-            if not lines[at].strip():
+            if not lines[at]:
                 at += 1
                 continue
-            image = lines[at].strip().removesuffix(".jpg")
+            image = lines[at][:-4] if lines[at].lower().endswith(".jpg") else lines[at]
             if not is_inside(image):
                 raise ValueError(
                     f"{where}, line {at + 1}: expected an image path like 2002/07/19/big/img_130, got {image[:80]!r}"
                 )
             if image in images:
                 raise ValueError(f"{where}, line {at + 1}: image {image[:80]} for the second time")
-            if at + 1 >= len(lines):
+            start = end_of(lines, at + 1, 1)  # of the rows, after the line of their number
+            if not lines[start - 1] or start == at + 1:
                 raise ValueError(f"{where}, line {at + 2}: missing: need the number of regions of {image[:80]}")
-            count = parse_count(lines[at + 1], where, at + 2)
-            rows = lines[at + 2 : at + 2 + count]
+            count = parse_count(lines[start - 1], where, start)
+            end = end_of(lines, start, count)
+            rows = [(number, line) for number, line in enumerate(lines[start:end], start + 1) if line]
             if len(rows) < count:
-                raise ValueError(f"{where}, line {at + 2}: says {count} but {len(rows)} follow: cut short?")
+                raise ValueError(f"{where}, line {start}: says {count} but {len(rows)} follow: cut short?")
             if num_columns is None and count:
-                num_columns = len(rows[0].split())
+                num_columns = len(rows[0][1].split())
                 if num_columns not in allowed_columns:
                     needed = " or ".join(map(str, allowed_columns))
-                    raise ValueError(f"{where}, line {at + 3}: need {needed} numbers, got {num_columns}")
-            images[image] = parse_rows(rows, at + 3, num_columns or allowed_columns[0], where)
-            if len(images[image]) != count:
-                raise ValueError(f"{where}, line {at + 2}: says {count} but some of these lines are blank")
+                    raise ValueError(f"{where}, line {rows[0][0]}: need {needed} numbers, got {num_columns}")
+            images[image] = parse_rows(lines[start:end], start + 1, num_columns or allowed_columns[0], where)
             if annotated:
-                _check_ellipses(images[image], rows, at + 3, where)
-            at += 2 + count
+                _check_ellipses(images[image], rows, where)
+            at = end
     return images
 
 
-def _check_ellipses(values, lines, first_line, where):
+def _check_ellipses(values, rows, where):
     valid = (values[:, :2] > 0).all(axis=1) & (np.abs(values) < _MAX_NUMBER).all(axis=1)
     if not valid.all():
-        wrong = int(valid.argmin())
+        number, line = rows[int(valid.argmin())]
         raise ValueError(
-            f"{where}, line {first_line + wrong}: need radii above 0 and numbers below {_MAX_NUMBER:g}, "
-            f"got {lines[wrong].strip()[:80]!r}"
+            f"{where}, line {number}: need radii above 0 and numbers below {_MAX_NUMBER:g}, got {line[:80]!r}"
         )
 
 

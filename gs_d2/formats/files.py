@@ -5,10 +5,14 @@ import re
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+
+from gs_d2.formats.folders import files_below, is_system_file
+from gs_d2.formats.text import decoded
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,11 @@ def _checked_members(path, infos, limits) -> dict[str, zipfile.ZipInfo]:
     members, total = {}, 0
     for info in infos:
         name = info.filename.replace("\\", "/")
+        if PurePosixPath(name).name == "Icon\r":  # of macOS, and not printable
+            continue
         if not is_inside(name):
             raise ValueError(f"{path}: unsafe path {info.filename!r} in the zip, which leaves the archive; refused")
-        if info.is_dir() or "__MACOSX" in PurePosixPath(name).parts:
+        if info.is_dir() or is_system_file(name):
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
             raise ValueError(f"{path}: {name} is a link; refused: make the zip again with the files themselves")
@@ -95,7 +101,7 @@ def _checked_members(path, infos, limits) -> dict[str, zipfile.ZipInfo]:
 
 class FileTree:
     """A read-only view of the files of a folder, of a zip, or of one file. Zips are read in memory, never
-    unpacked.
+    unpacked; links to folders are followed; files of the system's own (`._*`, `.DS_Store`) are passed over.
 
     Args:
         path: a folder, a `.zip` file, or any other file (then the tree holds only it).
@@ -115,11 +121,7 @@ class FileTree:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file or folder")
         if self.path.is_dir():
-            self.names = sorted(
-                Path(folder, name).relative_to(self.path).as_posix()
-                for folder, _, files in os.walk(self.path)
-                for name in files
-            )
+            self.names = sorted(path.relative_to(self.path).as_posix() for path in files_below(self.path))
         elif zipfile.is_zipfile(self.path):
             self._zip, self._members = open_zip(self.path, _PREDICTIONS)
             self.names = sorted(self._members)
@@ -132,6 +134,17 @@ class FileTree:
     def is_file(self) -> bool:
         """Whether the tree is one file that is not a zip."""
         return self._zip is None and not self.path.is_dir()
+
+    def named(self, *suffixes: str) -> list[str]:
+        """Those of `names` that end in one of the suffixes, in upper or lower case."""
+        return [name for name in self.names if name.lower().endswith(suffixes)]
+
+    def distinct(self, names: Iterable[str]) -> list[str]:
+        """Some of `names`, without those that are a second link to the same file."""
+        found = {}
+        for name in names:
+            found.setdefault(name if self._zip is not None else os.path.realpath(self.where(name)), name)
+        return list(found.values())
 
     def __enter__(self):
         return self
@@ -164,9 +177,9 @@ class FileTree:
             raise ValueError(f"{self.where(name)}: larger than its header says; make the zip again")
         return content
 
-    def read_text(self, name: str) -> str:
-        """`read_bytes` as text; bytes that are not UTF-8 are replaced, as only numbers and names matter."""
-        return self.read_bytes(name).decode("utf-8-sig", errors="replace")
+    def read_text(self, name: str, *, any_names: bool = False) -> str:
+        """`read_bytes` as text, by :func:`gs_d2.formats.text.decoded`."""
+        return decoded(self.read_bytes(name), self.where(name), any_names=any_names)
 
 
 def numbers_of(lines: list[str], columns: tuple[int, ...], below: float) -> np.ndarray | None:

@@ -19,11 +19,25 @@ class TransientReadError(OSError):
     """The drive did not answer, which says nothing of the file; names the path."""
 
 
+# What Pillow knows by name and are no pictures: documents, programs, measured data, videos.
+_NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
+_HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")  # what phones write
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1", b"msf1")
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """The endings, in lower case, of files that are pictures: those that Pillow reads, and HEIC."""
+    suffixes = Image.registered_extensions()  # loads all formats
+    known = [suffix for suffix, name in suffixes.items() if name in Image.OPEN and name not in _NO_PICTURES]
+    return (*known, *_HEIF_SUFFIXES)
+
+
 def as_rgb(image) -> Image.Image:
     """A picture as an RGB image of 8 bits.
 
     A file's EXIF orientation is applied, as viewers do (and Detectron2's `read_image`); damaged EXIF data is passed
-    over. 16-bit values become their high byte, alpha is dropped, and grey, palette and CMYK colours are converted.
+    over. 16-bit values become their high byte, alpha is dropped, and grey, palette and CMYK colours are converted. HEIC
+    is read where the package pillow-heif is installed.
 
     Args:
         image: a path; a PIL image; or an array uint8 [H, W, 3], RGB.
@@ -56,7 +70,7 @@ def as_rgb(image) -> Image.Image:
     if not os.path.getsize(path):
         raise ValueError(f"{path}: cannot be read as an image (the file is empty)")
     try:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             _refuse_programs(file)
             file.load()
             _turn_upright(file)
@@ -73,6 +87,27 @@ def as_rgb(image) -> Image.Image:
 def _raise_if_transient(path: str, error: Exception) -> None:
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         raise TransientReadError(error.errno, f"{path}: cannot be read at the moment ({error.strerror})") from error
+
+
+def _opened(path: str) -> Image.Image:
+    """`Image.open`, and a word on the package that reads HEIC."""
+    try:
+        return Image.open(path)
+    except Image.UnidentifiedImageError:
+        if not _is_heif(path):
+            raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ValueError("HEIC, which needs a package: pip install pillow-heif, or convert it to JPEG") from error
+    pillow_heif.register_heif_opener()
+    return Image.open(path)
+
+
+def _is_heif(path: str) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return path.lower().endswith(_HEIF_SUFFIXES) or (head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS)
 
 
 def _refuse_programs(image: Image.Image) -> None:

@@ -2,12 +2,15 @@
 
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 
+from gs_d2.formats.folders import files_below
+
 _MAX_CURVE = 1_000_000  # numbers; official ones have 2,000, and a tiny file can claim billions
-_OFFICIAL_NAME = re.compile(r"wider_pr_info_(?P<method>.+)_(?P<subset>easy|medium|hard)_(?:val|test)\.mat")
+_OFFICIAL_NAME = re.compile(
+    r"wider_pr_info_(?P<method>.+)_(?P<subset>easy|medium|hard)_(?:val|test)\.mat", re.IGNORECASE
+)
 
 
 def read_official_curve(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
@@ -44,10 +47,10 @@ def read_official_curves(folder: str | os.PathLike) -> dict[str, dict[str, tuple
         FileNotFoundError: if there is none.
     """
     methods: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for path in sorted(Path(folder).rglob("wider_pr_info_*.mat")):
+    for path in sorted(files_below(folder)):
         match = _OFFICIAL_NAME.fullmatch(path.name)
         if match:
-            methods.setdefault(match["method"], {})[match["subset"]] = read_official_curve(path)
+            methods.setdefault(match["method"], {})[match["subset"].lower()] = read_official_curve(path)
     if not methods:
         raise FileNotFoundError(f"{folder}: no wider_pr_info_<method>_<subset>_val.mat below it")
     return methods

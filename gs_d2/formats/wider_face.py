@@ -14,6 +14,7 @@ import numpy as np
 
 from gs_d2.formats.files import FileTree, is_inside, numbers_of
 from gs_d2.formats.mat import load_mat
+from gs_d2.formats.text import decoded, end_of, lines_of
 
 OFFICIAL_SUBSETS = ("easy", "medium", "hard")
 GROUND_TRUTH_FILES = ("wider_face_val.mat", *(f"wider_{name}_val.mat" for name in OFFICIAL_SUBSETS))
@@ -63,24 +64,19 @@ def read_list(list_file: str | os.PathLike) -> list[ListedImage]:
         FileNotFoundError: there is no such file.
         ValueError: a line cannot be what it should be, or an image comes twice; names file and line.
     """
-    content = Path(list_file).read_bytes()
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line_number = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{list_file}:{line_number}: not UTF-8 text ({error.reason})") from error
+    lines = lines_of(decoded(Path(list_file).read_bytes(), str(list_file)))
     images = []
     line_of = {}  # image_id -> line of its name
     lines_of_names = {True: [], False: []}  # of images with and without a number of faces
     at = 0
     while at < len(lines):
-        name = lines[at].strip()
+        name = lines[at]
         at += 1
         if not name:
             continue
         _check_image_name(name, list_file, at)
         name_line = at
-        while at < len(lines) and not lines[at].strip():
+        while at < len(lines) and not lines[at]:
             at += 1
         has_count = at < len(lines) and not _is_image_name(lines[at])
         lines_of_names[has_count].append(name_line)
@@ -112,21 +108,25 @@ def _check_image_name(name, list_file, line_number):
 
 def _read_rows(lines, at, list_file):
     """The face count at line index `at` and its rows; returns them [n, 4 or 10] and the index after them."""
-    text = lines[at].strip()
+    text = lines[at]
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise ValueError(f"{list_file}:{at + 1}: expected a number of faces, got {text[:80]!r}")
     count = int(text)
     at += 1
     # Four images of the train list count 0 faces and yet have one row, of zeros.
-    dummy = count == 0 and at < len(lines) and lines[at].strip() and not _is_image_name(lines[at])
-    stop = at + (1 if dummy else count)
-    rows = _numbers(lines[at:stop])
-    if rows is None or len(rows) != stop - at or (dummy and rows.any()):
-        wrong = at if dummy else _first_wrong_row(lines, at)
-        got = repr(lines[wrong].strip()[:80]) if wrong < len(lines) else "the end of the file"
+    after = "".join(lines[at : end_of(lines, at, 1)])
+    dummy = count == 0 and after and not _is_image_name(after)
+    expected = 1 if dummy else count
+    stop = end_of(lines, at, expected)
+    filled = [i for i in range(at, stop) if lines[i]]
+    rows = _numbers([lines[i] for i in filled])
+    if rows is None or len(rows) != expected or (dummy and rows.any()):
+        right = 0 if dummy else _num_right_rows([lines[i] for i in filled])
+        wrong = filled[right] if right < len(filled) else (filled[-1] + 1 if filled else at)
+        got = repr(lines[wrong][:80]) if right < len(filled) else "the end of the file"
         raise ValueError(
             f"{list_file}:{wrong + 1}: expected {text} rows of numbers below {_MAX_NUMBER:g} "
-            f"'x y w h {' '.join(LABELS)}', and after {wrong - at} of them got {got}"
+            f"'x y w h {' '.join(LABELS)}', and after {right} of them got {got}"
         )
     return rows[:count] if count else np.zeros((0, _BOX_COLUMNS)), stop
 
@@ -136,12 +136,9 @@ def _numbers(lines) -> np.ndarray | None:
     return numbers_of(lines, _COLUMNS, _MAX_NUMBER) if lines else np.zeros((0, _BOX_COLUMNS))
 
 
-def _first_wrong_row(lines, at) -> int:
-    """Index of the first line from `at` that does not go on the rows."""
-    row = at
-    while row < len(lines) and _numbers([lines[at], lines[row]]) is not None:
-        row += 1
-    return row
+def _num_right_rows(lines) -> int:
+    """How many lines from the first on go on the rows."""
+    return next((i for i, line in enumerate(lines) if _numbers([lines[0], line]) is None), len(lines))
 
 
 def _listed_image(name, rows) -> ListedImage:
@@ -284,7 +281,7 @@ class WiderGroundTruth:
 
 def _load_mat(tree: FileTree, file_name: str) -> tuple[str, dict] | None:
     """Where a MATLAB file of the tree is, and its variables; None if there is none of that name."""
-    found = [name for name in tree.names if name.rsplit("/", 1)[-1] == file_name]
+    found = tree.distinct(name for name in tree.names if name.rsplit("/", 1)[-1].lower() == file_name)
     if not found:
         return None
     if len(found) > 1:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gs_d2.formats.files import BOX_FORMAT, SCORE_FORMAT, FileTree, is_inside, parse_count, parse_rows
 from gs_d2.formats.progress import track
+from gs_d2.formats.text import lines_of
 
 
 def parse_wider_file(text: str, where: str) -> np.ndarray:
@@ -31,16 +32,27 @@ def parse_wider_file(text: str, where: str) -> np.ndarray:
         ValueError: for a malformed line, or if the count is not the number of rows (the official tool and its
             Python port read such a file differently, and it is mostly a file cut short).
     """
-    lines = text.replace("\r\n", "\n").split("\n")
-    if not text.strip():
+    lines = lines_of(text)
+    filled = [number for number, line in enumerate(lines, 1) if line]
+    if not filled:
         return np.zeros((0, 5))
-    if len(lines) < 2 or not "".join(lines[1:]).strip():
-        raise ValueError(f"{where}, line 2: missing: need the number of detections")
-    count = parse_count(lines[1], where, 2)
-    rows = parse_rows(lines[2:], 3, 5, where)
+    if _has_no_name(lines, filled):
+        filled.insert(0, 1)
+    if len(filled) < 2:
+        raise ValueError(f"{where}, line {filled[0] + 1}: missing: need the number of detections")
+    at = filled[1]
+    count = parse_count(lines[at - 1], where, at)
+    rows = parse_rows(lines[at:], at + 1, 5, where)
     if len(rows) != count:
-        raise ValueError(f"{where}, line 2: says {count} detections but {len(rows)} follow: was the file cut short?")
+        raise ValueError(f"{where}, line {at}: says {count} detections but {len(rows)} follow: was the file cut short?")
     return rows
+
+
+def _has_no_name(lines: list[str], filled: list[int]) -> bool:
+    """Whether the blank first line is the image's name, which nobody reads, and the number comes next."""
+    return (
+        not lines[0] and lines[filled[0] - 1].isdecimal() and not (len(filled) > 1 and lines[filled[1] - 1].isdecimal())
+    )
 
 
 @dataclass
@@ -78,13 +90,15 @@ def read_wider_predictions(path: str | os.PathLike, image_ids: Iterable[str]) ->
         wanted = {str(image_id): image_id for image_id in image_ids}
         for name in tree.names:
             parts = PurePosixPath(name).parts
-            if not name.endswith(".txt"):
+            if not name.lower().endswith(".txt"):
                 continue
             ends = ("/".join(parts[i:])[: -len(".txt")] for i in range(len(parts)))
             image_id = next((wanted[end] for end in ends if end in wanted), None)
             if image_id is None:
                 predictions.num_unknown += 1
             elif image_id in files:
+                if len(tree.distinct([files[image_id], name])) == 1:  # the same file, linked
+                    continue
                 raise ValueError(f"{path}: both {files[image_id]} and {name} are for {image_id}; remove one")
             else:
                 files[image_id] = name
@@ -99,7 +113,7 @@ def read_wider_predictions(path: str | os.PathLike, image_ids: Iterable[str]) ->
                 predictions.missing.append(image_id)
                 continue
             name = files[image_id]
-            rows = parse_wider_file(tree.read_text(name), tree.where(name))
+            rows = parse_wider_file(tree.read_text(name, any_names=True), tree.where(name))
             predictions.detections[image_id] = rows
             if not len(rows):
                 predictions.empty.append(image_id)

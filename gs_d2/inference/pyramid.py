@@ -156,8 +156,8 @@ class PyramidDetector(nn.Module):
 
         Returns:
             One dict per image: {"instances": Instances}, with the model's fields, on the model's device.
-            `anchor_scales` is in pixels of the level that found the face. If the model's `by_scale` is True, there
-            is also "instances_by_scale": the outputs of all levels for each anchor scale, with an NMS per scale.
+            `anchor_scales` is in pixels of the level that found the face. If the model's `by_scale` is True, there is
+            also "instances_by_scale": the outputs of all levels for each anchor scale, with a separate NMS per scale.
         """
         if self.training:
             raise RuntimeError("PyramidDetector only tests: call eval() first")

@@ -128,3 +128,17 @@ def test_processes_know_their_place_on_the_machine():
 
 def test_train_net_stays_a_thin_command_line():
     assert len(Path(ROOT / "train_net.py").read_text().splitlines()) <= 100
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_bad_input_in_a_process_of_several_ends_the_program_alike(monkeypatch, code):
+    """It has said what is wrong, and torch's own traceback says no more; any other end is a traceback."""
+    from torch.multiprocessing import ProcessExitedException
+
+    def launch_processes(*_, **__):
+        raise ProcessExitedException("process 1 terminated", error_index=1, error_pid=9, exit_code=code)
+
+    monkeypatch.setattr(sys.modules["gs_d2.engine.launch"], "detectron2_launch", launch_processes)
+    with pytest.raises(SystemExit if code == 2 else ProcessExitedException) as error:
+        launch(refuse, arguments(num_gpus=2), "cuda", ())
+    assert code != 2 or error.value.code == 2

@@ -39,7 +39,7 @@ def test_reading_folds_and_one_file(tmp_path):
         ("a\nb\n", r"d\.txt, line 2: need the number"),
         ("a\n", r"d\.txt, line 2: missing"),
         ("a\n0\na\n0\n", r"d\.txt, line 3: image a for the second time"),
-        ("a\n2\n1 2 3 4 5\n\nb\n0\n", r"d\.txt, line 2: says 2 but some of these lines are blank"),
+        ("a\n2\n1 2 3 4 5\n\nb\n0\n", r"d\.txt, line 5: need 5 numbers, got 1: 'b'"),
     ],
 )
 def test_malformed_detections(tmp_path, text, message):

@@ -240,3 +240,93 @@ def test_the_official_lists(run_command, shared_data, tmp_path):
     assert status == 2
     assert "12,880 of 12,880 images missing" in err and "3,226 of 3,226 images missing" in err
     assert "the official one" not in err and "ground_truth: whole" in out
+
+
+def unpacked(root, downloads, twice):
+    """The zips unpacked as Windows does: each into a folder of its name, or twice so."""
+    for path in downloads.glob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(root / path.stem if twice else root)
+    return root
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_doubled_and_linked_folders(run, downloads, tmp_path, twice):
+    source = unpacked(tmp_path / "unpacked", downloads, twice)
+    (source / "WIDER_val" / ".DS_Store").write_text("x")
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in source.iterdir():
+        (links / path.name).symlink_to(path)
+    (links / "loop").symlink_to(links)
+    for flags in ([], ["--copy"]):
+        output = tmp_path / f"out{len(flags)}"
+        status, out, _ = run(links, "--output", output, *flags)
+        assert status == 0 and "ground_truth: whole" in out
+        assert (output / "widerface/WIDER_train/images" / EVENT / "a.jpg").is_file()
+
+
+def test_a_layout_with_doubled_folders_is_whole(run, downloads, tmp_path):
+    base = unpacked(tmp_path / "data" / "widerface", downloads, True)
+    (base / "eval_tools" / "eval_tools" / "ground_truth").rename(base / "ground_truth")
+    status, out, _ = run("--output", tmp_path / "data", "--check-only")
+    assert status == 0 and "wider_face_val: 1 images, 1 boxes: whole" in out
+    assert run("--output", tmp_path / "data")[0] == 0
+
+
+def test_a_second_call_moves_links_that_were_wrong(run, downloads, tmp_path):
+    source, base = unpacked(tmp_path / "unpacked", downloads, False), tmp_path / "data" / "widerface"
+    base.mkdir(parents=True)
+    partly = tmp_path / "wrong" / "WIDER_train" / "images" / EVENT
+    partly.mkdir(parents=True)
+    (partly / "a.jpg").write_bytes(jpeg())
+    (base / "WIDER_train").symlink_to(tmp_path / "wrong" / "WIDER_train")  # some of the images
+    (base / "WIDER_val").symlink_to(tmp_path / "gone")
+    (base / "wider_face_split").symlink_to(tmp_path / "wrong")  # another folder
+    (base / "ground_truth").mkdir()
+    status, out, _ = run(source, "--output", tmp_path / "data")
+    assert status == 0
+    assert f"WIDER_train was linked to {tmp_path / 'wrong' / 'WIDER_train'}, which has fewer of its files" in out
+    assert (partly / "a.jpg").is_file() and (base / "WIDER_train").resolve() == source / "WIDER_train"
+    # Zips take the place of such links, too, and a link that is as good stays.
+    (base / "WIDER_train").unlink()
+    (base / "WIDER_train").symlink_to(tmp_path / "wrong" / "WIDER_train")
+    status, out, _ = run(downloads, "--output", tmp_path / "data")
+    assert status == 0 and not (base / "WIDER_train").is_symlink() and (base / "WIDER_val").is_symlink()
+    assert sorted(path.name for path in partly.iterdir()) == ["a.jpg"]
+
+
+def test_a_folder_without_the_files_is_not_linked(run, downloads, tmp_path):
+    (downloads / "WIDER_val.zip").unlink()
+    (downloads / "WIDER_val" / "images").mkdir(parents=True)
+    status, _, err = run(downloads, "--output", tmp_path / "data")
+    assert status == 2 and "1 of 1 images missing" in err
+    assert not (tmp_path / "data" / "widerface" / "WIDER_val").exists()
+
+
+def test_zips_with_doubled_folders_and_other_capitals(run, downloads, tmp_path):
+    for path in list(downloads.glob("*.zip")):
+        files = {f"{path.stem.lower()}/{name}": data for name, data in CONTENT[path.name].items()}
+        path.unlink()
+        write_zip(path.with_suffix(".ZIP"), files)
+    (downloads / "._WIDER_val.zip").write_bytes(b"x")
+    status, _, _ = run(downloads, "--output", tmp_path / "data")
+    assert status == 0 and tree(tmp_path / "data" / "widerface") == LAYOUT
+
+
+@pytest.mark.parametrize("below", ["", "x"])
+def test_an_output_that_is_a_file(run, downloads, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    status, _, err = run(downloads, "--output", tmp_path / "file" / below)
+    assert status == 2 and re.search("--output .*file.*: cannot be made a folder .*: name another", err)
+
+
+def test_a_good_link_stays_beside_a_zip_with_more_of_its_own(run, downloads, tmp_path):
+    """The official zip of lists has .mat files and a readme as well."""
+    files = {**CONTENT["wider_face_split.zip"], "wider_face_split/wider_face_train.mat": b"mat"}
+    write_zip(downloads / "wider_face_split.zip", {**files, "wider_face_split/readme.txt": b"text"})
+    source, base = unpacked(tmp_path / "unpacked", downloads, False), tmp_path / "data" / "widerface"
+    for _ in range(2):
+        assert run(source, "--output", tmp_path / "data")[0] == 0
+        assert run(downloads, "--output", tmp_path / "data")[0] == 0
+        assert (base / "wider_face_split").is_symlink() and (base / "ground_truth").is_symlink()

@@ -122,3 +122,17 @@ def test_what_cannot_be_counted(generated_train, tmp_path, register, run_command
     assert "needs none of --config-file" in message("metrics.json", "--dataset", generated_train)
     for wrong in (["--num-images", 0], ["--seed", -1]):
         assert "--num-images must be at least 1 and --seed at least 0" in message(*wrong)
+
+
+def test_it_names_the_file_that_it_wrote(tmp_path, run_command):
+    """Also where the name has no ending, to which matplotlib adds its own."""
+    (tmp_path / "metrics.json").write_text(group_record(0) + "\n")
+    status, printed, _ = run_command(main, tmp_path / "metrics.json", "--output", tmp_path / "new" / "fig2")
+    assert status == 0 and f"Written: {tmp_path}/new/fig2.png, {tmp_path}/new/fig2.json" in printed
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["fig2.json", "fig2.png"]
+    before = (tmp_path / "metrics.json").read_text()
+    status, _, err = run_command(main, tmp_path / "metrics.json", "--output", tmp_path / "metrics.json")
+    assert status == 2 and "metrics.json: must end in .png" in err
+    status, _, err = run_command(main, tmp_path / "metrics.json", "--output", tmp_path / "metrics.png")
+    assert status == 2 and "metrics.json would be overwritten by the numbers" in err
+    assert (tmp_path / "metrics.json").read_text() == before

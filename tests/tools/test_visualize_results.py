@@ -126,3 +126,33 @@ def test_other_benchmarks(made_up_benchmarks, tmp_path, monkeypatch, benchmark):
     assert len(written) == len(records) == len(matches)
     assert all(found.all() and hits.all() for found, hits in matches)
     assert ("2002_07_19_big_img_1.jpg" in written) == (benchmark != "afw")
+
+
+def test_a_warning_where_no_picture_has_a_detection(records, predictions, tmp_path, capsys):
+    def warning(*arguments):
+        capsys.readouterr()
+        assert len(run_tool(*arguments)) == len(records)
+        return [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+
+    assert warning(predictions, tmp_path / "out") == []
+    (line,) = warning(predictions, tmp_path / "out", "--confidence-threshold", "0.95")
+    assert "no score reaches 0.95, the highest is 0.9; lower --confidence-threshold" in line
+    write_wider_predictions({record["image_id"]: np.zeros((0, 5)) for record in records}, tmp_path / "empty")
+    (line,) = warning(tmp_path / "empty", tmp_path / "out")
+    assert line.startswith(
+        f"visualize_results: WARNING: {tmp_path / 'empty'}: the predictions of the 4 images are empty"
+    )
+
+
+def test_a_warning_where_no_image_has_predictions(made_up_benchmarks, tmp_path, capsys):
+    name = f"{NAME}_fddb"
+    register_fddb(name, made_up_benchmarks / "fddb" / "FDDB-folds", made_up_benchmarks / "fddb" / "originalPics")
+    try:
+        (tmp_path / "other.txt").write_text("another/image\n1\n1 2 3 4 0.9\n")
+        arguments = ["--dataset", name, "--predictions", tmp_path / "other.txt", "--output", tmp_path / "out"]
+        main([str(argument) for argument in arguments])
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert "WARNING" in (err := capsys.readouterr().err)
+    assert "none of the 5 images has predictions; names like 2002/07/19/big/img_1 are needed" in err

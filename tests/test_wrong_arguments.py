@@ -1,0 +1,294 @@
+"""Every flag of every script, given wrong values: a message and exit code 2, or it works; never a traceback."""
+
+import argparse
+import importlib
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = "configs/quick/demo.yaml"
+
+
+@pytest.fixture
+def files(tmp_path, drawn_datasets):
+    """A folder with one of each that the scripts read; commands name what is in it as {name}."""
+    root = tmp_path / "files"
+    root.mkdir()
+    (root / "binary").write_bytes(bytes(range(256)))
+    (root / "empty").touch()
+    (root / "text.txt").write_text("some text\n")
+    (root / "folder").mkdir()
+    base = drawn_datasets / "widerface"
+    for path in sorted((base / "WIDER_val/images").rglob("*.jpg")):
+        predictions = root / "predictions" / path.parent.name / f"{path.stem}.txt"
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        predictions.write_text(f"{path.stem}\n1\n10 10 30 30 0.9\n")
+    labels = [f"groups/{sign}_{stage}" for sign in ("pos", "neg") for stage in ("matched", "sampled")]
+    record = ", ".join(f'"{label}@{scale}": 3.0' for label in labels for scale in (16, 32))
+    (root / "metrics.json").write_text("{" + record + "}\n")
+    return {
+        "root": root,
+        "datasets": drawn_datasets,
+        "mats": base / "ground_truth",
+        "predictions": root / "predictions",
+        "metrics": root / "metrics.json",
+        "picture": next(iter(sorted((base / "WIDER_val/images").rglob("*.jpg")))),
+    }
+
+
+# Script -> a command of it that works, or that fails for nothing but a file of weights.
+COMMANDS = {
+    "analyze_model": ["--config-file", DEMO, "--size", "64", "64"],
+    "calibrate_scores": [
+        *("--config-file", DEMO, "--dataset", "generated_val", "--images", "2", "--output", "{out}/x.pth"),
+        *("MODEL.WEIGHTS", "{root}/binary"),
+    ],
+    "convert_darknet": ["{root}/binary", "--output", "{out}/x.pth"],
+    "convert_to_timm": ["{root}/binary", "--output", "{out}/x.pth"],
+    "convert_torchvision": ["{root}/binary", "--output", "{out}/x.pth"],
+    "demo": ["--config-file", DEMO, "--input", "{picture}", "--output", "{out}"],
+    "evaluate": ["wider_face", "--predictions", "{predictions}", "--ground-truth", "{mats}"],
+    "export_model": [
+        *("--config-file", DEMO, "--format", "torchscript", "--output", "{out}", "MODEL.WEIGHTS", "{root}/binary"),
+    ],
+    "prepare_wider_face": ["{datasets}", "--output", "{out}"],
+    "sample_distribution": ["{metrics}", "--output", "{out}/x.png"],
+    "sweep_samples prepare": [
+        *("--config-file", DEMO, "--values", "16", "--output", "{out}", "--", "SOLVER.MAX_ITER", "9"),
+        *("SOLVER.STEPS", "(7,)"),
+    ],
+    "sweep_samples plot": ["--input", "{root}/folder"],
+    "synthesize_faces": ["--output", "{out}", "--train", "1", "--val", "1", "--size", "64", "64"],
+    "visualize_data": [
+        *("--source", "annotation", "--config-file", DEMO, "--output-dir", "{out}", "--num-images", "1"),
+        *("DATASETS.TRAIN", "('generated_train',)"),
+    ],
+    "visualize_results": [
+        *("--dataset", "generated_val", "--predictions", "{predictions}", "--output", "{out}", "--num-images", "1"),
+    ],
+}
+VALUES = ["", "-1", "nan", "{root}/nothing/there", "{root}/text.txt/below", "{root}/binary", "{root}/folder", "a\0b"]
+
+
+def parser_of_script(name, monkeypatch) -> list[argparse.Action]:
+    """The actions of a script's parser, and of its sub-command's."""
+    found = []
+
+    def parse_args(self, *_):
+        found.append(self)
+        raise SystemExit(0)
+
+    script, _, command = name.partition(" ")
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).main([])
+    actions = found[0]._actions
+    if command:
+        (choice,) = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
+        actions = choice.choices[command]._actions
+    return [action for action in actions if not isinstance(action, argparse._HelpAction)]
+
+
+def with_value(command, action, value):
+    """The command with a flag's values replaced by one, or the flag added; or the place of a positional argument."""
+    count = action.nargs if isinstance(action.nargs, int) else 1
+    if not action.option_strings:
+        return [value, *command[1:]] if not command[0].startswith("-") else [*command, value]
+    for flag in action.option_strings:
+        if flag in command:
+            at = command.index(flag) + 1
+            end = at + count
+            return [*command[:at], *[value] * count, *command[end:]]
+    rest = len(command) - (2 if "MODEL.WEIGHTS" in command or "DATASETS.TRAIN" in command else 0)
+    rest = command.index("--") if "--" in command else rest
+    return [*command[:rest], action.option_strings[0], *[value] * count, *command[rest:]]
+
+
+def outcome(main, arguments, capsys):
+    """Calls a script; anything but an end with an exit code, or none, is a traceback."""
+    try:
+        status = main(arguments) or 0
+    except SystemExit as end:
+        status = end.code
+    err = capsys.readouterr().err
+    assert status in (0, 1, 2), (arguments, status)
+    if status == 2:
+        last = err.strip().splitlines()[-1]
+        assert ": error: " in last and len(last) > len("x.py: error: "), (arguments, err)
+    assert "Traceback" not in err, arguments
+    return status, err
+
+
+@pytest.fixture
+def surroundings(files, monkeypatch, tmp_path, register, drawn_datasets):
+    """What the scripts find around them: no screen, no network, no detector that takes time, and the generated data."""
+    from detectron2.data import DatasetCatalog
+
+    base = drawn_datasets / "widerface"
+    for split in ("train", "val"):
+        if f"generated_{split}" not in DatasetCatalog.list():
+            lists = base / "wider_face_split" / f"wider_face_{split}_bbx_gt.txt"
+            register(f"generated_{split}", lists, base / f"WIDER_{split}" / "images")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logging.raiseExceptions", False)  # Detectron2's log goes to the stdout of an earlier test
+    for folder in ("configs", "train_net.py"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+
+    class Detector:
+        def __init__(self, cfg, confidence_threshold):
+            pass
+
+        def detect(self, image):
+            return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+
+    monkeypatch.setattr("demo.FaceDetector", Detector)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: argparse.Namespace(returncode=1, stdout="", stderr=""))
+    return {**{key: str(value) for key, value in files.items()}, "out": str(tmp_path / "out")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_wrong_values(name, surroundings, monkeypatch, capsys):
+    main = importlib.import_module(name.partition(" ")[0]).main
+    words = name.split()[1:]
+    command = [word.format(**surroundings) for word in COMMANDS[name]]
+    status, err = outcome(main, [*words, *command], capsys)
+    assert status == 0 or "binary" in err or "No finished run" in err or "is not whole" in err, err
+    for action in parser_of_script(name, monkeypatch):
+        assert action.help, f"{name} {action.dest} says nothing of itself"
+        if action.nargs == 0:
+            outcome(main, [*words, *with_value(command, action, "")[: len(command) + 1]], capsys)
+            continue
+        for value in VALUES:
+            outcome(main, [*words, *with_value(command, action, value.format(**surroundings))], capsys)
+    outcome(main, [*words, *command, "NO.SUCH", "1"], capsys)
+    assert outcome(main, [*words, "--no-such-flag"], capsys)[0] == 2
+
+
+OUTPUTS = {  # script -> the flag that names what it writes
+    "demo": "--output",
+    "evaluate": "--output",
+    "calibrate_scores": "--output",
+    "export_model": "--output",
+    "prepare_wider_face": "--output",
+    "sample_distribution": "--output",
+    "sweep_samples prepare": "--output",
+    "synthesize_faces": "--output",
+    "visualize_data": "--output-dir",
+    "visualize_results": "--output",
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be(name, surroundings, capsys):
+    """A path below a file, for those who write folders also a file: refused, naming the flag; the file is kept."""
+    main = importlib.import_module(name.partition(" ")[0]).main
+    command = [word.format(**surroundings) for word in COMMANDS[name]]
+    file = Path(surroundings["root"]) / "text.txt"
+    if OUTPUTS[name] not in command:
+        command += [OUTPUTS[name], ""]
+    at = command.index(OUTPUTS[name]) + 1
+    below = {"sample_distribution": "below/x.png", "calibrate_scores": "below/x.pth", "export_model": "below/"}.get(
+        name, "below"
+    )
+    command[at] = str(file / below)
+    if name == "prepare_wider_face":
+        command[0] = surroundings["datasets"]
+    status, err = outcome(main, [*name.split()[1:], *command], capsys)
+    assert status == 2 and f"{OUTPUTS[name]} " in err and "cannot be made a folder" in err, err
+    assert file.read_text() == "some text\n"
+
+
+def test_the_scripts_are_all_here():
+    names = {path.stem for folder in ("tools", "demo") for path in (ROOT / folder).glob("*.py")}
+    assert names - {name.partition(" ")[0] for name in COMMANDS} == {"install_detectron2", "quickstart"}
+
+
+def test_quickstart_and_install(surroundings, capsys):
+    import install_detectron2
+    import quickstart
+
+    assert outcome(install_detectron2.main, ["--route", "none"], capsys)[0] == 2
+    status, err = outcome(quickstart.main, ["--output", surroundings["root"] + "/text.txt/x"], capsys)
+    assert status == 2 and "--output" in err
+    assert outcome(quickstart.main, ["--none"], capsys)[0] == 2
+
+
+# What is added to a working command of train_net.py -> what the message says.
+TRAINING = {
+    "DATASETS.TRAIN ('my_faces',)": r"DATASETS\.TRAIN: no data set is registered as 'my_faces'",
+    "DATASETS.TRAIN ()": r"DATASETS\.TRAIN is empty",
+    "DATASETS.TRAIN (3,)": r"DATASETS\.TRAIN",
+    "DATASETS.TRAIN generated_train": r"DATASETS\.TRAIN; it must be a list, such as .*\('my_faces',\)",
+    "DATASETS.TEST ('generated_vall',)": "did you mean generated_val",
+    "OUTPUT_DIR {root}/text.txt/x": r"OUTPUT_DIR .*text\.txt/x: cannot be made a folder",
+    "OUTPUT_DIR {root}/text.txt": r"OUTPUT_DIR .*text\.txt: cannot be made a folder",
+    "MODEL.WEIGHTS nothere.pth": r"MODEL\.WEIGHTS: no such weights: nothere\.pth",
+    "MODEL.WEIGHTS {root}/folder": r"MODEL\.WEIGHTS: .*is a folder",
+    "MODEL.WEIGHTS {root}/binary": "binary.*cannot be read as weights",
+    "SOLVER.MAX_ITER 0": r"SOLVER\.MAX_ITER must be a whole number of at least 1, got 0",
+    "SOLVER.MAX_ITER -5": r"SOLVER\.MAX_ITER must be",
+    "SOLVER.MAX_ITER many": r"SOLVER\.MAX_ITER; it must be a whole number",
+    "SOLVER.STEPS ('a',)": r"SOLVER\.STEPS must be a list of whole numbers",
+    "SOLVER.STEPS text": r"SOLVER\.STEPS; it must be a list",
+    "TEST.GS.FLIP 3": r"TEST\.GS\.FLIP; it must be True or False",
+    "SOLVER.STEPS (3,2)": r"SOLVER\.STEPS must rise",
+    "SOLVER.STEPS (-1,)": r"SOLVER\.STEPS must be",
+    "SOLVER.IMS_PER_BATCH 0": r"SOLVER\.IMS_PER_BATCH must be",
+    "SOLVER.BASE_LR -0.1": r"SOLVER\.BASE_LR must be",
+    "SOLVER.CHECKPOINT_PERIOD 0": r"SOLVER\.CHECKPOINT_PERIOD must be",
+    "SOLVER.LR_SCHEDULER_NAME Cosine": r"SOLVER\.LR_SCHEDULER_NAME must be one of 'WarmupMultiStepLR'",
+    "SOLVER.WARMUP_METHOD none": r"SOLVER\.WARMUP_METHOD must be",
+    "MODEL.DEVICE gpu": r"MODEL\.DEVICE 'gpu' cannot be used .*set MODEL\.DEVICE cpu, cuda or cuda:0",
+    "MODEL.DEVICE meta": r"MODEL\.DEVICE 'meta' cannot be used",
+    "MODEL.DEVICE ''": r"MODEL\.DEVICE",
+    "INPUT.FORMAT GRAY": r"INPUT\.FORMAT must be one of 'RGB', 'BGR', got 'GRAY'",
+    "INPUT.MIN_SIZE_TEST -1": r"INPUT\.MIN_SIZE_TEST must be",
+    "INPUT.MAX_SIZE_TEST -1": r"INPUT\.MAX_SIZE_TEST must be",
+    "INPUT.GS.MAX_CROP_SIZE -1": r"INPUT\.GS\.MAX_CROP_SIZE must be",
+    "INPUT.GS.SCALES []": r"INPUT\.GS\.SCALES must be a list of numbers above 0",
+    "INPUT.GS.SCALES [-1.0]": r"INPUT\.GS\.SCALES must be",
+    "INPUT.GS.SCALES ['x']": r"INPUT\.GS\.SCALES must be",
+    "INPUT.RANDOM_FLIP both": r"INPUT\.RANDOM_FLIP must be",
+    "MODEL.ANCHOR_GENERATOR.SIZES [[-16]]": r"MODEL\.ANCHOR_GENERATOR\.SIZES must be",
+    "MODEL.PIXEL_MEAN [1.0]": r"MODEL\.PIXEL_MEAN must be three numbers",
+    "MODEL.PIXEL_STD [1.0,0.0,1.0]": r"MODEL\.PIXEL_STD must be",
+    "MODEL.BACKBONE.NAME build_nothing": r"MODEL\.BACKBONE\.NAME 'build_nothing' is not registered",
+    "MODEL.META_ARCHITECTURE None": r"MODEL\.META_ARCHITECTURE",
+    "MODEL.META_ARCHITECTURE Nothing": r"MODEL\.META_ARCHITECTURE 'Nothing' is not registered",
+    "MODEL.RPN.HEAD_NAME Nothing": "Nothing",
+    "MODEL.FPN.OUT_CHANNELS -3": r"MODEL\.FPN\.OUT_CHANNELS must be",
+    "DATALOADER.NUM_WORKERS -1": r"DATALOADER\.NUM_WORKERS must be",
+    "SEED -7": "SEED must be",
+    "NO.SUCH 1": r"NO\.SUCH",
+    "SEED": "opts",
+}
+
+
+@pytest.mark.parametrize("opts", TRAINING)
+def test_train_net(opts, surroundings, monkeypatch, capsys, tmp_path):
+    key, _, value = opts.format(**surroundings).partition(" ")
+    value = "" if value == "''" else value
+    command = ["train_net.py", "--config-file", DEMO, "DATASETS.TRAIN", "('generated_train',)"]
+    command += ["DATASETS.TEST", "('generated_val',)", "OUTPUT_DIR", str(tmp_path / "out")]
+    command += [key, value] if " " in opts else [key]
+    monkeypatch.setattr(sys, "argv", command)
+    status, err = outcome(lambda _: runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__"), [], capsys)
+    assert status == 2, err
+    assert re.search(TRAINING[opts], err.strip().splitlines()[-1]), err
+
+
+@pytest.mark.parametrize(
+    "flags", [("--num-gpus", "-1"), ("--num-machines", "0"), ("--machine-rank", "3"), ("--num-gpus", "x"), ("--none",)]
+)
+def test_flags_of_train_net(flags, surroundings, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", DEMO, *flags])
+    status, _ = outcome(lambda _: runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__"), [], capsys)
+    assert status == 2
