@@ -63,6 +63,9 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
     # False: train even with Detectron2 defaults that break the method (see check_config).
     cfg.MODEL.GS.CHECK_DEFAULTS = True
+    # Levels of gs_d2.modeling.Context on the coarsest map of the top-down path, for anchors that are larger than what
+    # the backbone sees; 0 is none, as in the paper.
+    cfg.MODEL.GS.CONTEXT_LEVELS = 0
 
     # A backbone of the package timm, for MODEL.BACKBONE.NAME build_timm_topdown_backbone (docs/backbones.md).
     # MODEL.FPN.IN_FEATURES names its maps: "stride8" the last of that stride, "index2" timm's out index 2.
