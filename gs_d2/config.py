@@ -82,6 +82,9 @@ def add_gs_config(cfg):
     # Keys whose Detectron2 default is kept on purpose, though it breaks the method for faces: check_config then allows
     # it. For N = 256 this is ["MODEL.RPN.BATCH_SIZE_PER_IMAGE"].
     cfg.MODEL.GS.KEEP_DEFAULTS = []
+    # Levels of gs_d2.modeling.Context on the coarsest map of the top-down path, for anchors that are larger than what
+    # the backbone sees; 0 is none, as in the paper.
+    cfg.MODEL.GS.CONTEXT_LEVELS = 0
     _register_renamed(cfg)
 
     # A backbone of the package timm, for MODEL.BACKBONE.NAME build_timm_topdown_backbone (docs/backbones.md).

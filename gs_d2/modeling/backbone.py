@@ -17,6 +17,50 @@ def doubling_strides(shapes: dict[str, ShapeSpec], in_features: list[str]) -> li
     return strides
 
 
+class Context(nn.Module):
+    """Adds to a map what lies around each of its cells: a pyramid of coarser maps, each half the size, and back.
+
+    The result of a new module is the map itself (the last normalisation starts at 0, as zero-initialised residual
+    blocks do), so that it can be put into a detector that is already trained.
+    """
+
+    def __init__(self, channels: int, num_levels: int, norm: str):
+        """
+        Args:
+            channels: of the map and of all levels.
+            num_levels: of coarser maps; at least 1. The cells of the coarsest are 2**num_levels as large as the map's.
+            norm: of every convolution, see :func:`detectron2.layers.get_norm`; it needs an affine weight.
+        """
+        super().__init__()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i in range(num_levels):
+            for convs, stride, last in ((self.down, 2, False), (self.up, 1, i == 0)):
+                conv = Conv2d(
+                    channels,
+                    channels,
+                    kernel_size=3,
+                    stride=stride,
+                    padding=1,
+                    bias=False,
+                    norm=get_norm(norm, channels),
+                    activation=None if last else F.relu,
+                )
+                weight_init.c2_msra_fill(conv)
+                convs.append(conv)
+        nn.init.zeros_(self.up[0].norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]; any H and W."""
+        maps = [x]
+        for down in self.down:
+            maps.append(down(maps[-1]))
+        coarse = maps.pop()
+        for up in reversed(self.up):
+            fine = maps.pop()
+            coarse = fine + F.interpolate(up(coarse), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return coarse
+
+
 class TopDown(Backbone):
     """1x1 lateral convolutions, bilinear x2 upsampling and elementwise sums.
 
@@ -30,6 +74,7 @@ class TopDown(Backbone):
         out_channels: int,
         norm: str = "",
         top_block: nn.Module | None = None,
+        context_levels: int = 0,
     ):
         """
         Args:
@@ -37,6 +82,7 @@ class TopDown(Backbone):
             out_channels: channels of every output map.
             norm: normalisation after each lateral convolution, see :func:`detectron2.layers.get_norm`; "" is none.
             top_block: makes one more map of half the size and `out_channels` channels from the coarsest one.
+            context_levels: of :class:`Context` on the coarsest map; 0 is none.
         """
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -64,6 +110,9 @@ class TopDown(Backbone):
             self._out_feature_strides[f"p{stage}"] = stride
             self._out_feature_channels[f"p{stage}"] = out_channels
         self._lateral_outputs = list(self._out_features)
+        if context_levels < 0 or (context_levels and not norm):
+            raise ValueError("CONTEXT_LEVELS must be at least 0, and above 0 it needs a norm (MODEL.FPN.NORM)")
+        self.context = Context(out_channels, context_levels, norm) if context_levels else None
         self.top_block = top_block
         if top_block is not None:
             self._size_divisibility *= 2
@@ -85,7 +134,9 @@ class TopDown(Backbone):
             self.in_features[::-1], self._lateral_names[::-1], self._lateral_outputs[::-1], strict=True
         ):
             lateral = getattr(self, lateral_name)(bottom_up[name])
-            if top_down is not None:
+            if top_down is None:
+                lateral = lateral if self.context is None else self.context(lateral)
+            else:
                 lateral = lateral + F.interpolate(top_down, scale_factor=2, mode="bilinear", align_corners=False)
             outputs[out_name] = top_down = lateral
         if self.top_block is not None:
@@ -112,6 +163,7 @@ def build_resnet_topdown_backbone(cfg, input_shape: ShapeSpec, top_block: nn.Mod
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         top_block=top_block,
+        context_levels=cfg.MODEL.GS.CONTEXT_LEVELS,
     )
 
 

@@ -339,4 +339,5 @@ def build_timm_topdown_backbone(cfg, input_shape: ShapeSpec):
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
+        context_levels=cfg.MODEL.GS.CONTEXT_LEVELS,
     )
