@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -186,3 +187,16 @@ def coco_toy(tmp_path_factory):
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def handlers_end_with_the_test():
+    """Detectron2's handlers write to the streams of the test that set them up, which are closed afterwards."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "gs_d2", "d2")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        for handler in logger.handlers:
+            if handler not in handlers:
+                handler.close()
+        logger.handlers[:] = handlers

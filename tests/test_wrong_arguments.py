@@ -138,7 +138,6 @@ def surroundings(files, monkeypatch, tmp_path, register, drawn_datasets):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("logging.raiseExceptions", False)  # Detectron2's log goes to the stdout of an earlier test
     for folder in ("configs", "train_net.py"):
         (tmp_path / folder).symlink_to(ROOT / folder)
 
