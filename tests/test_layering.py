@@ -414,6 +414,18 @@ RULES = {
             "gs_d2.sampling",
         ),
     ),
+    "scale balance": Rule(
+        files=("gs_d2/analysis/scale_balance.py",),
+        may=(
+            "numpy",
+            "torch",
+            "gs_d2.analysis.score_calibration",
+            "gs_d2.evaluation.wider_face",
+            "gs_d2.formats.wider_face",
+            "gs_d2.modeling.calibration",
+            "gs_d2.sampling",
+        ),
+    ),
     "analysis": Rule(  # of a config: builds its parts, trains none
         files=("gs_d2/analysis/*.py",),
         may=(
@@ -614,6 +626,7 @@ VIOLATIONS = [
     ("conversion", "gs_d2/conversion/x.py", "from gs_d2.checkpoint import Checkpointer", "gs_d2.checkpoint"),
     ("hits", "gs_d2/analysis/hits.py", "import gs_d2.evaluation", "gs_d2.evaluation"),
     ("score calibration", "gs_d2/analysis/score_calibration.py", "import gs_d2.evaluation", "gs_d2.evaluation"),
+    ("scale balance", "gs_d2/analysis/scale_balance.py", "import gs_d2.data", "gs_d2.data"),
     ("analysis", "gs_d2/analysis/x.py", "from gs_d2.engine import Trainer", "gs_d2.engine.Trainer"),
     ("generated faces", "gs_d2/data/generated_faces.py", "from detectron2.data import x", "detectron2.data.x"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),

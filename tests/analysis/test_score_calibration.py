@@ -5,7 +5,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from gs_d2.analysis.score_calibration import calibration_of, judge
+from gs_d2.analysis.score_calibration import calibration_of, judge, judged_detections
 
 FACES = np.array([[0.0, 0, 10, 10], [20, 0, 30, 10]])
 REGION = np.array([[40.0, 0, 50, 10]])
@@ -35,7 +35,7 @@ class Known:
 
 def test_calibration_of_a_detector_that_is_too_sure():
     image = {}, {"gt_boxes": FACES, "gt_ignore": np.array([False, False])}
-    calibration, counts = calibration_of(Known(), [image] * 200, [16.0, 32.0])
+    calibration, counts = calibration_of(judged_detections(Known(), [image] * 200), [16.0, 32.0])
     assert counts == [(600, 200), (200, 0)]
     gain, offset = calibration.gains[0], calibration.offsets[0]
     probability = {p: 1 / (1 + np.exp(-gain * np.log(p / (1 - p)) - offset)) for p in (0.9, 0.8)}
@@ -50,10 +50,10 @@ def test_scores_that_round_to_one_count():
             return [output]
 
     image = {}, {"gt_boxes": FACES, "gt_ignore": np.array([False, True])}
-    calibration, _ = calibration_of(Sure(), [image], [16.0, 32.0])
+    calibration, _ = calibration_of(judged_detections(Sure(), [image]), [16.0, 32.0])
     assert np.isfinite([calibration.gains, calibration.offsets]).all()
 
 
 def test_without_images():
     with pytest.raises(ValueError, match="0 of 0 detections are faces"):
-        calibration_of(Known(), [], [16.0])
+        calibration_of([], [16.0])

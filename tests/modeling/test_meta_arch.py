@@ -13,6 +13,11 @@ from torch import nn
 
 from gs_d2.config import add_gs_config
 from gs_d2.modeling import RPNDetector, SoftmaxRPNHead, TopDown
+from gs_d2.modeling.backbone import Context
+
+
+def GROUP_NORM(channels):
+    return nn.GroupNorm(4, channels)
 
 
 class BottomUp(Backbone):
@@ -45,6 +50,46 @@ def test_top_down_is_lateral_plus_bilinear():
     }  # fmt: skip
     # No 3x3 output convolution, one lateral per level.
     assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == 3
+
+
+def test_context_of_a_new_module_is_the_map_itself():
+    torch.manual_seed(0)
+    x = torch.rand(2, 8, 13, 7)
+    assert torch.equal(Context(8, 2, GROUP_NORM)(x), x)
+
+
+def test_context_is_a_pyramid_of_coarser_maps():
+    torch.manual_seed(0)
+    net, x = Context(8, 2, GROUP_NORM), torch.rand(2, 8, 13, 7)
+    nn.init.normal_(net.up[0].norm.weight)
+    half, quarter = net.down[0](x), net.down[1](net.down[0](x))
+    assert half.shape[-2:] == (7, 4) and quarter.shape[-2:] == (4, 2)
+    up = half + F.interpolate(net.up[1](quarter), size=(7, 4), mode="bilinear", align_corners=False)
+    expected = x + F.interpolate(net.up[0](up), size=(13, 7), mode="bilinear", align_corners=False)
+    assert torch.equal(net(x), expected)
+    assert net(x[:, :, :1, :1]).shape == (2, 8, 1, 1)
+
+
+def test_context_changes_what_its_neighbours_see():
+    """A cell sees further than without: the reason why large anchors need it."""
+    torch.manual_seed(0)
+    with_context = TopDown(BottomUp(), ["res2", "res3", "res4"], 8, norm=GROUP_NORM, context_levels=2)
+    nn.init.normal_(with_context.context.up[0].norm.weight)
+    bounds = {}
+    for name, net in (("with", with_context), ("without", TopDown(BottomUp(), ["res2", "res3", "res4"], 8))):
+        image = torch.rand(1, 3, 320, 320, requires_grad=True)
+        norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+        for norm in norms:  # its statistics see the whole image
+            norm.forward = lambda x, norm=norm: x * norm.weight[:, None, None]
+        net(image)["p4"][0, :, 10, 10].sum().backward()
+        bounds[name] = int((image.grad.abs().sum((0, 1, 2)) > 0).sum())
+    assert bounds["with"] > 3 * bounds["without"]
+
+
+@pytest.mark.parametrize(("levels", "norm"), [(-1, GROUP_NORM), (1, "")])
+def test_context_levels_that_cannot_be(levels, norm):
+    with pytest.raises(ValueError, match="CONTEXT_LEVELS must be at least 0, and above 0 it needs a norm"):
+        TopDown(BottomUp(), ["res2"], 8, norm=norm, context_levels=levels)
 
 
 def test_top_down_needs_doubling_strides():

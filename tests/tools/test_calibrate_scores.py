@@ -1,5 +1,6 @@
 """calibrate_scores.py: what it writes can be loaded, and differs in the layer of logits alone."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,28 @@ def test_only_the_logits_change(weights, generated_train, tmp_path, capsys, name
     assert lines[0].split() == ["scale", "detections", "faces", "gain", "offset"]
     assert [line.split()[0] for line in lines[1:5]] == ["16", "32", "64", "128"]
     assert sum(int(line.split()[2]) for line in lines[1:5]) > 0
+
+
+def test_balanced_scales(weights, generated_train, tmp_path, capsys):
+    output = str(tmp_path / "c.pth")
+    arguments = ["--config-file", CONFIG, "--dataset", generated_train, "--output", output, "--balance", "16", "0"]
+    main([*arguments, "--images", "3", "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu", *OPTS])
+    lines = capsys.readouterr().out.splitlines()
+    before, after = map(float, re.fullmatch(r"Balanced scales: mean AP (\S+) % -> (\S+) %", lines[0]).groups())
+    assert before <= after
+    assert re.fullmatch(r"Score threshold 0\.5: precision \S+ %, recall \S+ %", lines[1])
+    assert lines[2].split() == ["scale", "detections", "faces", "gain", "offset"]
+
+
+@pytest.mark.parametrize("heights", [["-1"], ["nan"], ["10", "inf"], ["5000"]])
+def test_heights_that_cannot_be(weights, generated_train, tmp_path, capsys, heights):
+    arguments = ["--config-file", CONFIG, "--dataset", generated_train, "--output", str(tmp_path / "c.pth")]
+    with pytest.raises(SystemExit) as end:
+        main([
+            *arguments, "--balance", *heights, "--images", "2", "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu", *OPTS
+        ])  # fmt: skip
+    assert end.value.code == 2
+    assert re.search(r"--balance must be heights|no face that is at least 5000 px high", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
