@@ -22,7 +22,7 @@ class RunSettings:
         reference_world_size: SOLVER.REFERENCE_WORLD_SIZE as the config has it; 0 where nothing was scaled.
         ims_per_batch, max_iter, base_lr: of SOLVER, scaled to the processes.
         accumulation_steps, weight_decay: SOLVER.GS.ACCUMULATION_STEPS, SOLVER.WEIGHT_DECAY.
-        seed: SEED, or the one drawn in its place.
+        seed: SEED, or the one chosen in its place.
     """
 
     world_size: int

@@ -26,8 +26,9 @@ class AccumulatingTrainer(TrainerBase):
     """What `DefaultTrainer` calls its `_trainer`, in place of Detectron2's SimpleTrainer and AMPTrainer.
 
     Each iteration runs `accumulation_steps` batches forward and backward and averages their gradients. Before each
-    pass the random generators are set by (seed, iteration, pass, rank), so that a resumed run draws what an
-    uninterrupted one does. The losses are read once an iteration, in one transfer, and all processes see those of all.
+    pass the random generators are set by (seed, iteration, pass, rank), so that a resumed run gets the random
+    numbers of an uninterrupted one. The losses are read once an iteration, in one transfer, and all processes see those
+    of all.
     """
 
     def __init__(

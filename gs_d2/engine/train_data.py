@@ -16,9 +16,9 @@ class TrainLoader:
 
     The stream of all processes together is one: its order is shuffled anew for each pass over the data set, and what is
     random in `views` (generators of random, numpy and torch) is seeded for every item of the stream. Both depend on
-    `seed` and the place in the stream alone; not on the number of loader workers, nor on what was drawn before. With
-    `aspect_ratio_grouping`, images that wait for others of their shape are lost by a seek, and the number of workers
-    may change the batches.
+    `seed` and the place in the stream alone; not on the number of loader workers, nor on earlier random numbers.
+    With `aspect_ratio_grouping`, images that wait for others of their shape are lost by a seek, and the number of
+    workers may change the batches.
     """
 
     def __init__(

@@ -159,10 +159,10 @@ def group_subsample(
             competitions = [(positive | negative, num_per_group)]
         else:
             competitions = [(positive, int(num_per_group * positive_fraction)), (negative, num_per_group)]
-        drawn = 0
+        num_sampled = 0
         for competing, wanted in competitions:
             members = torch.nonzero(competing)[:, 0]
-            chosen = members[torch.sort(keys[members], stable=True).indices[: max(wanted - drawn, 0)]]
+            chosen = members[torch.sort(keys[members], stable=True).indices[: max(wanted - num_sampled, 0)]]
             sampled[chosen] = match_labels[chosen]
-            drawn += len(chosen)
+            num_sampled += len(chosen)
     return sampled
