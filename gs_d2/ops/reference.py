@@ -130,7 +130,7 @@ def neg_log_uniform(bits: Tensor) -> Tensor:
 
 
 def sort_keys(method: str, bits: Tensor, losses: Tensor | None) -> Tensor:
-    """The order of drawing within a (group, label): smallest first; int64 [N]."""
+    """The order of sampling within a (group, label): smallest first; int64 [N]."""
     if method == "random":
         return _MASK - bits
     losses = torch.nan_to_num(losses.float(), nan=0.0).clamp(0, 1e6) + 0.0  # + 0.0: -0 becomes 0
