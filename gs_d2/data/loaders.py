@@ -1,4 +1,4 @@
-"""What train_net.py loads: training goes on without bad images, and testing does not begin with any missing."""
+"""What train_net.py loads: training continues without bad images, and testing does not begin with any missing."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -278,7 +278,7 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             _logger.warning(
-                "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum begins anew"
+                "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum starts from zero"
             )
         if before is not None:
             report_changes(before, self._run_settings, self.scheduler)
@@ -306,7 +306,7 @@ class Trainer(DefaultTrainer):
         self._trainer.seed = seed
         if hasattr(self.data_loader, "reseed"):
             self.data_loader.reseed(seed)
-        _logger.info(f"SEED is not set: data and samples go on with {seed}, which the checkpoint's run chose")
+        _logger.info(f"SEED is not set: data and samples continue with {seed}, which the checkpoint's run chose")
 
 
 @contextlib.contextmanager

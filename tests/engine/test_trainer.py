@@ -69,7 +69,7 @@ def test_a_checkpoint_without_the_optimizer_is_resumed_with_a_warning(drawn_data
     trainer = Trainer(small_config(drawn_datasets, tmp_path))
     with caplog.at_level("WARNING", logger="gs_d2"):
         trainer.load_state_dict({"iteration": 3})
-    assert trainer.iter == 3 and "momentum begins anew" in caplog.text
+    assert trainer.iter == 3 and "momentum starts from zero" in caplog.text
 
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
@@ -251,7 +251,7 @@ def test_an_average_can_be_begun_and_dropped_by_resuming(drawn_datasets, tmp_pat
     with caplog.at_level("INFO", logger="gs_d2"):
         start, _ = run(5, after)
     assert_same_bits(start, trained)
-    assert ("EMA_DECAY is 0: training goes on without it" in caplog.text) == (before > 0)
+    assert ("EMA_DECAY is 0: training continues without it" in caplog.text) == (before > 0)
     assert ("begins with the weights as they are now" in caplog.text) == (after > 0)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["_trainer"]
     assert state.get("weight_average", {}).get("updates") == (2 if after else None)
