@@ -288,7 +288,7 @@ def test_an_archive_of_the_right_hash_is_repaired_and_installed(archive, install
     assert has_stub
 
 
-def test_mend(tmp_path):
+def test_repair(tmp_path):
     package = tmp_path / "detectron2"
     (package / "data").mkdir(parents=True)
     old = (
