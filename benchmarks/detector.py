@@ -3,7 +3,7 @@
 
 Both have a ResNet-50 of random weights, the four square anchor scales 16..128 on P2 at stride 4, and one image of 800 x
 800 with 100 faces; at test 50,000 boxes go into an NMS at 0.5, of which 2,000 are kept. Detectron2's is its
-ProposalNetwork with FPN, whose label step draws as many samples in all (8,192). Ours is timed in float32 without and
+ProposalNetwork with FPN, whose label step takes as many samples in all (8,192). Ours is timed in float32 without and
 with channels-last convolutions (MODEL.GS.CHANNELS_LAST), and with those in bfloat16 (MODEL.GS.AUTOCAST_DTYPE). A
 training step is forward, backward and SGD's update; Detectron2's also makes proposals then, as it always does. A second
 table gives the parts. CPU time is that of all threads, which other work on the machine changes less.

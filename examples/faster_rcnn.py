@@ -3,7 +3,7 @@
 
     python examples/faster_rcnn.py
 
-The RPN draws 256 anchors of an image whatever their scale. Here the same number of each scale is drawn. The second
+The RPN samples 256 anchors of an image whatever their scale. Here the same number of each scale is sampled. The second
 stage is done in the same way: tests/modeling/test_drop_ins.py does it, in ten lines too.
 """
 

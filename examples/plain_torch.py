@@ -64,17 +64,17 @@ def loss_of(model, sampler, images, boxes_of, anchors, group_idxs, seed):
     match = ops.two_pass_match(gt_boxes, anchors, gt_offsets=gt_offsets)  # the whole batch at once
 
     losses = F.binary_cross_entropy_with_logits(logits, (match.match_labels == 1).float(), reduction="none")
-    drawn = sampler(match.match_labels, group_idxs.expand_as(match.match_labels), losses, seed)
+    sampled = sampler(match.match_labels, group_idxs.expand_as(match.match_labels), losses, seed)
 
     matched = gt_boxes[match.matched_idxs + gt_offsets[:-1, None]]
     targets = (matched - anchors) / (anchors[:, 2] - anchors[:, 0])[:, None]
     box_losses = F.smooth_l1_loss(shifts, targets, reduction="none").sum(-1)
     total = 0
     for group in range(len(SCALES)):
-        used = (drawn >= 0) & (group_idxs == group)
-        positive = used & (drawn == 1)
+        used = (sampled >= 0) & (group_idxs == group)
+        positive = used & (sampled == 1)
         total = total + losses[used].mean() + box_losses[positive].sum() / positive.sum().clamp(min=1)
-    return total, match.match_labels, drawn
+    return total, match.match_labels, sampled
 
 
 def main(num_iterations=30):
@@ -83,10 +83,10 @@ def main(num_iterations=30):
     model = DenseDetector(len(SCALES))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     anchors, group_idxs = make_anchors()
-    sampler = GroupSampler(len(SCALES), NUM_PER_SCALE, method="wrs")  # hard anchors are drawn more often
+    sampler = GroupSampler(len(SCALES), NUM_PER_SCALE, method="wrs")  # hard anchors are sampled more often
     for iteration in range(num_iterations):
         images, boxes_of = draw_images(4, generator)
-        loss, labels, drawn = loss_of(model, sampler, images, boxes_of, anchors, group_idxs, seed=iteration)
+        loss, labels, sampled = loss_of(model, sampler, images, boxes_of, anchors, group_idxs, seed=iteration)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,8 +96,8 @@ def main(num_iterations=30):
     for name, chosen in (
         ("positive anchors", labels[-1] == 1),
         ("labelled anchors", labels[-1] >= 0),
-        ("drawn positives", drawn[-1] == 1),
-        ("drawn", drawn[-1] >= 0),
+        ("sampled positives", sampled[-1] == 1),
+        ("sampled", sampled[-1] >= 0),
     ):
         print(f"{name}: {torch.bincount(group_idxs[chosen], minlength=len(SCALES)).tolist()}")
 

@@ -25,8 +25,8 @@ class GroupSampledRetinaNet(RetinaNet):
         self.anchor_matcher = TwoPassMatcher([0.4, 0.6])
         labels, gt_boxes = super().label_anchors(anchors, gt_instances)
         groups = group_by_scale(Boxes.cat(anchors).area().sqrt(), SCALES)
-        drawn = [torch.cat(GroupSampler(len(SCALES), 16).subsample_labels(x, groups, self.num_classes)) for x in labels]
-        return [torch.full_like(x, -1).index_copy(0, i, x[i]) for x, i in zip(labels, drawn, strict=True)], gt_boxes
+        rows = [torch.cat(GroupSampler(len(SCALES), 16).subsample_labels(x, groups, self.num_classes)) for x in labels]
+        return [torch.full_like(x, -1).index_copy(0, i, x[i]) for x, i in zip(labels, rows, strict=True)], gt_boxes
 
 
 # :group sampling

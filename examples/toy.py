@@ -1,4 +1,4 @@
-"""What the two Detectron2 examples share and nobody needs: drawn squares, a small ResNet, a training loop."""
+"""What the two Detectron2 examples share and nobody needs: generated squares, a small ResNet, a training loop."""
 
 import torch
 from detectron2.config import get_cfg

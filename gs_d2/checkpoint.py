@@ -189,7 +189,7 @@ class Checkpointer(DetectionCheckpointer):
         elif name is not None:
             raise ValueError(
                 f"cannot resume: {problem}, and there is no other checkpoint in {self.save_dir} that is whole; "
-                "remove last_checkpoint there to begin anew"
+                "remove last_checkpoint there to start over"
             )
         return best
 

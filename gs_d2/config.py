@@ -46,13 +46,13 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.GROUP_SAMPLING = True
     # Scales (pixels) that define the groups; an anchor belongs to the nearest in log2. [] = one group per anchor scale.
     cfg.MODEL.GS.GROUP_SCALES = []
-    # Which samples of a group are drawn: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (the highest
+    # Which boxes of a group are sampled: "random", "wrs" (weighted reservoir sampling by loss), "ohem" (the highest
     # losses of each label), "ohem_all" (the highest losses whatever the label, POSITIVE_FRACTION without effect: the
     # paper's OHEM without groups), "none" (all of them).
     cfg.MODEL.GS.SAMPLER = "random"
     # With "ohem" and "ohem_all", at both stages: of boxes of one group (and with "ohem" of one label) whose IoU is
-    # above this, only the one of highest loss can be drawn; in (0, 1], 1 is no such pruning. It costs an NMS for every
-    # group and image.
+    # above this, only the one of highest loss can be sampled; in (0, 1], 1 is no such pruning. It costs an NMS for
+    # every group and image.
     cfg.MODEL.GS.OHEM_NMS_THRESH = 1.0
     # How samples weigh in their group's loss: "softmax" (alike), "focal" (focal loss over the number of positives) or
     # "focal_normalized" (focal weights over their own sum, the paper's Focal*). Alpha and gamma are
@@ -60,7 +60,7 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.CLS_LOSS_TYPE = "softmax"
     # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
     cfg.MODEL.GS.SECOND_PASS = "best"
-    # A negative anchor (or proposal) of which at least this share lies in one ignore region is ignored; in (0, 1].
+    # A negative anchor (or proposal) of which at least this share lies in one region to ignore is ignored; in (0, 1].
     # Regions smaller than the smallest anchor (or reference scale) are enlarged to its size first.
     cfg.MODEL.GS.IGNORE_THRESH = 0.5
     # One list per feature map of the stride (pixels) for each of its anchor sizes; a stride coarser than the map
@@ -127,16 +127,16 @@ def add_gs_config(cfg):
     cfg.MODEL.GS.ROI.SCORE_ENSEMBLE = "arithmetic"
 
     cfg.INPUT.GS = CN()
-    # Training images are resized by one of these factors, drawn uniformly...
+    # Training images are resized by one of these factors, sampled uniformly...
     cfg.INPUT.GS.SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
     # ...and cropped at random so that no side exceeds this many pixels. COCO's images are resized to a short side of
     # INPUT.MIN_SIZE_TRAIN before, or with 0 here as Detectron2 does, without a crop.
     cfg.INPUT.GS.MAX_CROP_SIZE = 1200
-    # Faces with sqrt(w * h) below this many pixels after resizing become ignore regions: no anchor of the smallest
+    # Faces with sqrt(w * h) below this many pixels after resizing become regions to ignore: no anchor of the smallest
     # scale near them is a negative.
     cfg.INPUT.GS.MIN_FACE_SIZE = 8.0
     # Probability in [0, 1] that a training view is instead made around a face, so that small scales get faces too
-    # (gs_d2.data.FaceCrop): a face and one of FACE_CROP_SCALES are drawn uniformly, the image is resized so that
+    # (gs_d2.data.FaceCrop): a face and one of FACE_CROP_SCALES are sampled uniformly, the image is resized so that
     # sqrt(w * h) of the face comes within a factor of sqrt(2) of that scale, and cropped around it. 0 = the paper's
     # views only. Images without a face to train on keep those.
     cfg.INPUT.GS.FACE_CROP_PROB = 0.0
@@ -146,8 +146,9 @@ def add_gs_config(cfg):
     cfg.INPUT.GS.FACE_CROP_SIZE = 640
     # Largest factor by which an image is enlarged for it; with 2.0 faces go to the next larger scale at most.
     cfg.INPUT.GS.FACE_CROP_MAX_UPSCALE = 2.0
-    # Strength s in [0, 1]: brightness, contrast and saturation of training views change by factors drawn uniformly from
-    # [1 - s, 1 + s], each its own (Detectron2's RandomBrightness, RandomContrast, RandomSaturation). 0 = as they are.
+    # Strength s in [0, 1]: brightness, contrast and saturation of training views change by factors sampled uniformly
+    # from [1 - s, 1 + s], each its own (Detectron2's RandomBrightness, RandomContrast, RandomSaturation). 0 = as they
+    # are.
     cfg.INPUT.GS.COLOR_JITTER = 0.0
 
     cfg.DATASETS.GS = CN()

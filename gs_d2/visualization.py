@@ -48,17 +48,17 @@ def draw(image: Image.Image, boxes, colours, scores=None, crossed=None) -> Image
     return image
 
 
-def draw_annotations(image: Image.Image, faces, ignored) -> Image.Image:
+def draw_annotations(image: Image.Image, faces, ignore_boxes) -> Image.Image:
     """Faces and, crossed out, regions to ignore, under a line that counts them.
 
     Args:
         image: RGB.
-        faces, ignored (arrays [n, 4], [m, 4]): XYXY, in pixels.
+        faces, ignore_boxes (arrays [n, 4], [m, 4]): XYXY, in pixels.
     """
-    boxes = np.concatenate([np.reshape(faces, (-1, 4)), np.reshape(ignored, (-1, 4))])
-    is_ignored = np.arange(len(boxes)) >= len(faces)
-    drawn = draw(image, boxes, [IGNORED if x else FACE for x in is_ignored], crossed=is_ignored)
-    return beside([drawn], [f"{len(faces)} faces (green), {len(ignored)} ignored (grey, crossed)"])
+    boxes = np.concatenate([np.reshape(faces, (-1, 4)), np.reshape(ignore_boxes, (-1, 4))])
+    ignore = np.arange(len(boxes)) >= len(faces)
+    drawn = draw(image, boxes, [IGNORED if x else FACE for x in ignore], crossed=ignore)
+    return beside([drawn], [f"{len(faces)} faces (green), {len(ignore_boxes)} ignored (grey, crossed)"])
 
 
 def beside(images: list[Image.Image], titles: list[str], bar: int = 22, gap: int = 4) -> Image.Image:

@@ -357,7 +357,7 @@ def test_a_crash_between_checkpoint_and_tag(tmp_path):
 
 def test_nothing_that_is_whole(tmp_path):
     cut(saved(tmp_path, "model_1", 1))
-    with pytest.raises(ValueError, match=r"cannot resume: .*model_1\.pth.*remove last_checkpoint there to begin anew"):
+    with pytest.raises(ValueError, match=r"cannot resume: .*model_1\.pth.*remove last_checkpoint there to start over"):
         resumed(tmp_path)
     torch.save(net(7).state_dict(), tmp_path / "weights.pth")
     (tmp_path / "last_checkpoint").unlink()

@@ -1,4 +1,4 @@
-"""COCO from its files to its figures: a toy data set trains and is evaluated by the official API, and by its mapper."""
+"""COCO from its files to its metrics: a toy data set trains and is evaluated by the official API, and by its mapper."""
 
 import math
 
@@ -40,25 +40,25 @@ def toy_cfg(name, *opts):
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "figures", "evaluator"),
+    ("name", "task", "metrics", "evaluator"),
     [
         ("fpn", "box_proposals", {"AR@100", "ARs@100", "ARm@100", "AR@1000"}, CocoRecallEvaluator),
         ("retinanet_sampling_wrs", "bbox", {"AP", "AP50", "APs", "APm"}, CocoEvaluator),
         ("fast_rcnn_lsiou_sampling", "bbox", {"AP", "AP50", "APs", "APm"}, CocoEvaluator),
     ],
 )
-def test_trains_and_is_evaluated_by_the_official_api(name, task, figures, evaluator, coco_toy, tmp_path):
+def test_trains_and_is_evaluated_by_the_official_api(name, task, metrics, evaluator, coco_toy, tmp_path):
     cfg = toy_cfg(name, "OUTPUT_DIR", str(tmp_path))
     trainer = Trainer(cfg)
     trainer.train()
     assert type(trainer.build_evaluator(cfg, "coco_toy_val")) is evaluator
     results = trainer.test(cfg, trainer.model)
-    assert figures <= set(results[task])
-    assert all(0 <= results[task][figure] <= 100 for figure in figures)
+    assert metrics <= set(results[task])
+    assert all(0 <= results[task][metric] <= 100 for metric in metrics)
 
 
 def test_what_is_annotated_is_all_that_is_to_be_found(coco_toy, tmp_path):
-    """The annotations themselves as detections: 100 in every figure. Swapped classes or another size would show."""
+    """The annotations themselves as detections: 100 in every metric. Swapped classes or another size would show."""
     cfg = toy_cfg("fast_rcnn", "OUTPUT_DIR", str(tmp_path))
     evaluator = Trainer.build_evaluator(cfg, "coco_toy_val")
     evaluator.reset()

@@ -74,8 +74,11 @@ def registries_as_before(monkeypatch):
     from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
     from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 
+    from gs_d2.engine import trainer
+
     for registry in (BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY):
         monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+    monkeypatch.setattr(trainer, "EVALUATORS", dict(trainer.EVALUATORS))
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:

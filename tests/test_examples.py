@@ -54,7 +54,7 @@ def test_lines_outside_the_markers_do_not_count_and_those_inside_do():
 
 @pytest.mark.parametrize(
     ("name", "total"),
-    [("retinanet", None), ("faster_rcnn", 256)],  # RetinaNet has no sampler; Detectron2's RPN draws 256
+    [("retinanet", None), ("faster_rcnn", 256)],  # RetinaNet has no sampler; Detectron2's RPN samples 256
 )
 def test_detectron2s_models_with_group_sampling(name, total):
     header, before, after = run(f"{name}.py")[-3:]
@@ -89,9 +89,9 @@ def test_the_ops_alone():
     losses = [float(line.split()[-1]) for line in lines if line.startswith("iteration")]
     assert losses[-1] < 0.6 * losses[0]
     counts = {line.split(":")[0]: eval(line.split(":")[1]) for line in lines if re.search(r": \[\d", line)}
-    assert counts["drawn"] == [32] * 4
-    assert all(drawn <= 8 for drawn in counts["drawn positives"])
-    assert all(a <= b for a, b in zip(counts["drawn positives"], counts["positive anchors"], strict=True))
+    assert counts["sampled"] == [32] * 4
+    assert all(drawn <= 8 for drawn in counts["sampled positives"])
+    assert all(a <= b for a, b in zip(counts["sampled positives"], counts["positive anchors"], strict=True))
 
 
 def test_the_readme_shows_what_is_printed():

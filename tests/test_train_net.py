@@ -104,10 +104,10 @@ def test_training_ends_with_an_evaluation(trained, inference):
     results = json.loads((inference / "results.json").read_text())
     assert results["num_images"] == 4 and results["num_missing"] == 0
     assert all(0 <= results[name] <= 1 for name in ("easy", "medium", "hard", "all", "all_valid"))
-    (figure,) = latest(output, "wider_face/all").values()
-    assert figure == pytest.approx(100 * results["all"])
+    (metric,) = latest(output, "wider_face/all").values()
+    assert metric == pytest.approx(100 * results["all"])
     assert (inference / "pr_curve.png").read_bytes().startswith(b"\x89PNG")
-    # The figures are printed with what they depend on.
+    # The metrics are printed with what they depend on.
     assert "WIDER FACE AP of wider_face_val" in printed
     for setting in ("test size original", "score threshold 0.3", "NMS IoU 0.5", "boxes per image 2000"):
         assert setting in printed
@@ -140,7 +140,7 @@ def test_eval_only_gives_the_same_figures(trained, inference, drawn_datasets, tm
 
 
 def test_eval_only_with_weights_of_another_model_is_refused(trained, drawn_datasets, tmp_path):
-    """Not a figure of random layers; and a pickle is not opened before its flag is given."""
+    """No metric of random layers; and a pickle is not opened before its flag is given."""
     model = torch.load(trained[0] / "model_final.pth", weights_only=True)["model"]
     backbone = {key: value.numpy() for key, value in model.items() if key.startswith("backbone")}
     (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"model": backbone, "__author__": "somebody"}))

@@ -3,7 +3,7 @@
 1. It is there already: nothing to do.
 2. Official: the pinned commit of facebookresearch/detectron2, built from source (about two minutes; needs git, a C++
    compiler, and torch installed).
-3. From the package index: an sdist of Detectron2 0.5 that lacks its C++ sources. It is checked by hash, mended for
+3. From the package index: an sdist of Detectron2 0.5 that lacks its C++ sources. It is checked by hash, repaired for
    today's numpy and Pillow, and installed without compiled ops; gs_d2 needs none of them. The last line says why
    route 2 did not work.
 
@@ -139,7 +139,7 @@ def install_from_index():
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(folder)
         (source,) = (path for path in folder.iterdir() if path.is_dir())
-        mend(source)
+        repair(source)
         build = [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build"]
         subprocess.run(build, cwd=source, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         (wheel,) = (source / "dist").glob("*.whl")
@@ -147,15 +147,15 @@ def install_from_index():
         replace_installed(wheel, "--no-deps")
 
 
-def mend(source: Path):
+def repair(source: Path):
     """Makes the 0.5 sources run on today's numpy and Pillow, and stand without their compiled module."""
     for path in source.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        mended = text
+        repaired = text
         for pattern, replacement in RENAMES:
-            mended = pattern.sub(replacement, mended)
-        if mended != text:
-            path.write_text(mended, encoding="utf-8")
+            repaired = pattern.sub(replacement, repaired)
+        if repaired != text:
+            path.write_text(repaired, encoding="utf-8")
     (source / "detectron2" / "_C.py").write_text(STUB_C)
 
 

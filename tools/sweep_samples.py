@@ -5,7 +5,7 @@
     tools/sweep_samples.py prepare --config-file configs/quick/mini_wider.yaml --values 16 64 -- SOLVER.MAX_ITER 400
     tools/sweep_samples.py plot
 
-`prepare` writes run.sh, one train_net.py command for each config, N and seed; it skips what is finished and goes on
+`prepare` writes run.sh, one train_net.py command for each config, N and seed; it skips what is finished and continues
 with what is not, so it can be started again at any time. `plot` shows AP on all faces of whatever is finished.
 """
 
@@ -52,7 +52,7 @@ def main(argv=None):
         script = write_script(runs, folder_for("--output", args.output))
         print(f"{len(runs)} runs, {sum(run['results'].is_file() for run in runs)} finished. Written: {script}")
         if args.run and subprocess.run(["sh", str(script)]).returncode != 0:
-            raise ValueError("a run failed, its messages are above; the same command goes on from here")
+            raise ValueError("a run failed, its messages are above; the same command continues from here")
     else:
         found = read_results(Path(args.input), args.dataset)
         print_table(found)

@@ -73,13 +73,13 @@ def from_annotations(cfg, num_images):
     if num_images and num_images < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
     for record in tqdm(records, desc="pictures", unit="image"):
-        boxes, ignored, _ = faces_of(record)
+        boxes, ignore, _ = faces_of(record)
         try:
             image = as_rgb(record["file_name"])
         except (FileNotFoundError, ValueError) as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        yield name_of(record), draw_annotations(image, boxes[~ignored], boxes[ignored])
+        yield name_of(record), draw_annotations(image, boxes[~ignore], boxes[ignore])
 
 
 def from_dataloader(cfg, num_images):
@@ -94,8 +94,8 @@ def from_dataloader(cfg, num_images):
                 if bar.n == num_images:
                     return
                 image = utils.convert_image_to_rgb(view["image"].permute(1, 2, 0).numpy(), cfg.INPUT.FORMAT)
-                faces, ignored = view["instances"].gt_boxes.tensor.numpy(), view["ignore_boxes"].tensor.numpy()
-                yield name_of(view), draw_annotations(Image.fromarray(image), faces, ignored)
+                faces, ignore_boxes = view["instances"].gt_boxes.tensor.numpy(), view["ignore_boxes"].tensor.numpy()
+                yield name_of(view), draw_annotations(Image.fromarray(image), faces, ignore_boxes)
                 bar.update()
 
 

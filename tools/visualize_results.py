@@ -51,13 +51,13 @@ def visualize(dataset, predictions, output, lowest_score, num_images):
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
         boxes = rows[:, :4]
         image = as_rgb(record["file_name"])
-        faces, ignored, _ = faces_of(record)
+        faces, ignore, _ = faces_of(record)
         found, hits = match_detections(faces, boxes)
-        colours = np.where(ignored, "ignored", np.where(found, "hit", "miss"))
+        colours = np.where(ignore, "ignored", np.where(found, "hit", "miss"))
         left = draw(image, faces, [{"ignored": IGNORED, "hit": HIT, "miss": MISS}[c] for c in colours])
         right = draw(image, boxes, [HIT if hit else FALSE_ALARM for hit in hits], rows[:, 4])
-        num_faces = int((~ignored).sum())
-        num_found = int((found & ~ignored).sum())
+        num_faces = int((~ignore).sum())
+        num_found = int((found & ~ignore).sum())
         titles = [
             f"ground truth: {num_found} of {num_faces} faces found (green), {num_faces - num_found} missed (red)",
             f"score >= {lowest_score:g}: {int(hits.sum())} right (green), {int((~hits).sum())} false alarms (orange)",

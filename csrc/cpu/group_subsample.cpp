@@ -61,7 +61,7 @@ void sort_keys(const SubsampleProblem& p, int64_t begin, int64_t count, uint32_t
   }
 }
 
-// Which anchors can still be drawn: positives, and negatives whose key is within the bounds of all groups.
+// Which anchors can still be sampled: positives, and negatives whose key is within the bounds of all groups.
 inline __attribute__((always_inline)) void mark_rivals_body(const int8_t* labels, const uint32_t* keys, int64_t count,
                                                             uint32_t negative_bound, uint8_t* rivals) {
   for (int64_t k = 0; k < count; ++k) {

@@ -68,7 +68,7 @@ GS_HOST_DEVICE float neg_log_uniform(uint32_t bits) {
   return exponent * kLn2 - log1p_f;
 }
 
-// The order in which the anchors of one segment are drawn: smallest key first. Keys tie only by chance or by
+// The order in which the anchors of one segment are sampled: smallest key first. Keys tie only by chance or by
 // equal losses; sort_key breaks every tie by the lower anchor index.
 GS_HOST_DEVICE uint32_t random_key(uint32_t bits) {
   return ~bits;  // the order of -log(u), without the log
@@ -92,7 +92,7 @@ GS_HOST_DEVICE uint64_t sort_key(uint32_t key, uint32_t anchor_idx) {
   return (uint64_t{key} << 32) | anchor_idx;
 }
 
-// How many of a group are drawn: positives up to their share of N, negatives fill the rest (paper, section 4.2). With
+// How many of a group are sampled: positives up to their share of N, negatives fill the rest (paper, section 4.2). With
 // kOhemAll the segment of the positives is empty, and that of the negatives takes all of N.
 struct Quota {
   int64_t num_per_group;

@@ -38,7 +38,7 @@ GS_HOST_DEVICE bool is_candidate(uint64_t offer) {
   return offer != kUnmatched && offer != kTaken;
 }
 
-// An ignore box swallows an anchor when at least `ignore_thresh` of the anchor's area lies in it.
+// A region to ignore swallows an anchor when at least `ignore_thresh` of the anchor's area lies in it.
 GS_HOST_DEVICE bool is_swallowed(float inter, float anchor_area, float ignore_thresh) {
   return inter > 0.0f && inter >= ignore_thresh * anchor_area;
 }

@@ -89,20 +89,20 @@ class TrainedAnchors:
         strides = [self.shapes[name].stride for name in self.rpn.in_features]
         return [tuple(-(-side // stride) for side in padded) for stride in strides]
 
-    def count(self, image_size, faces, ignored, seed) -> dict[str, np.ndarray]:
+    def count(self, image_size, faces, ignore_boxes, seed) -> dict[str, np.ndarray]:
         """Anchors of one view by label and scale: int64 [G] for each of TITLES.
 
         Args:
             image_size: height and width of the view.
-            faces, ignored (float32 [n, 4]): as :meth:`FaceDatasetMapper.augment`.
+            faces, ignore_boxes (float32 [n, 4]): as :meth:`FaceDatasetMapper.augment`.
             seed (int): of the sampling.
         """
         rpn = self.rpn
         maps = [torch.empty(1, 0, *size) for size in self.map_sizes(image_size)]
         anchors = Boxes.cat(rpn.anchor_generator(maps)).tensor
-        faces, ignored = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignored))
+        faces, ignore_boxes = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignore_boxes))
         group_loss = rpn.group_loss
-        match_labels = group_loss.match(anchors, [faces], [ignored], [image_size]).labels
+        match_labels = group_loss.match(anchors, [faces], [ignore_boxes], [image_size]).labels
         scale_idxs, group_idxs = group_loss.group(anchors)
         sampled_labels = group_loss.sampler(match_labels, group_idxs, seed=seed)
         masks = (match_labels == 1, match_labels == 0, sampled_labels == 1, sampled_labels == 0)
@@ -141,9 +141,9 @@ def count_annotations(config_files=None, dataset="wider_face_train", num_images=
         blank = np.zeros(size or assumed_size(faces_of(records[i]).boxes), np.uint8)
         for name, detector in detectors.items():
             np.random.seed([seed, i])  # Detectron2's augmentations take from numpy's own state
-            view, faces, ignored = detector.augment(blank, records[i])
+            view, faces, ignore_boxes = detector.augment(blank, records[i])
             sampling_seed = np.random.randint(2**62)
-            for label, counts in detector.count(view.shape[:2], faces, ignored, sampling_seed).items():
+            for label, counts in detector.count(view.shape[:2], faces, ignore_boxes, sampling_seed).items():
                 totals[name][label] += counts
     return {
         "dataset": dataset,

@@ -25,7 +25,7 @@ def judge(boxes: np.ndarray, gt_boxes: np.ndarray, ignore_boxes: np.ndarray) -> 
 
     Returns:
         int8 [N]: 1 for a face; 0 for a false alarm, such as a second detection of a face; -1 for a detection that is no
-        face and has an IoU of at least 0.5 with an ignore region.
+        face and has an IoU of at least 0.5 with a region to ignore.
     """
     _, found = match_detections(gt_boxes, boxes)
     labels = found.astype(np.int8)

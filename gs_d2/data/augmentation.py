@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 
 
 class ScaleJitterCrop(T.Augmentation):
-    """Resizes by a factor drawn from `scales`, then crops at random so that no side exceeds `max_size`.
+    """Resizes by a factor sampled from `scales`, then crops at random so that no side exceeds `max_size`.
 
     The crop is taken first, from the source pixels, so that no pixel is resized only to be cut off.
     """
@@ -15,7 +15,7 @@ class ScaleJitterCrop(T.Augmentation):
     def __init__(self, scales, max_size):
         """
         Args:
-            scales (sequence of float): positive factors, drawn uniformly; the paper's are 0.25 n, n = 1..8.
+            scales (sequence of float): positive factors, sampled uniformly; the paper's are 0.25 n, n = 1..8.
             max_size (int): pixels.
         """
         super().__init__()
@@ -40,7 +40,7 @@ class ShortSideCrop(ScaleJitterCrop):
     def __init__(self, short_sides, max_size):
         """
         Args:
-            short_sides (sequence of int): pixels, drawn uniformly; the paper's is 800.
+            short_sides (sequence of int): pixels, sampled uniformly; the paper's is 800.
             max_size (int): pixels, of the crop's sides; the paper's is 1200.
         """
         super().__init__(short_sides, max_size)
@@ -57,11 +57,11 @@ class FaceCrop(T.Augmentation):
     enlarging:
 
 
-    1. A face is drawn uniformly from those that can be used: its centre is in the image, and enlarged by at most
+    1. A face is sampled uniformly from those that can be used: its centre is in the image, and enlarged by at most
        `max_upscale` it comes within a factor of sqrt(2) of one of the scales.
-    2. A scale s is drawn uniformly from those that it can come so near to: with scales that are powers of two and
+    2. A scale s is sampled uniformly from those that it can come so near to: with scales that are powers of two and
        `max_upscale` 2, from those up to the next larger than its own.
-    3. sqrt(w * h) of the face becomes a size drawn log-uniformly from [s / sqrt(2), s * sqrt(2)], the sizes whose
+    3. sqrt(w * h) of the face becomes a size sampled log-uniformly from [s / sqrt(2), s * sqrt(2)], the sizes whose
        nearest scale is s; where `max_upscale` does not reach the upper end, from [s / sqrt(2), what it reaches]. The
        sides of the view are whole pixels, so that the face's size is off by half a pixel's share of the view.
     4. The crop lies anywhere in the image as long as the face's centre is in it, all such places alike. It is taken

@@ -95,8 +95,8 @@ class FaceDatasetMapper:
             FileNotFoundError: there is no such image.
             TransientReadError: the drive did not answer, also after a few seconds.
             BadDataError: the image cannot be read (see :func:`gs_d2.formats.images.as_rgb`), has not the `height` and
-                `width` that the dict gives, or the boxes have NaN or infinity; names the file. Nothing random has been
-                drawn by then. :func:`gs_d2.data.loaders.TrainingViews` takes another image in its place.
+                `width` that the dict gives, or the boxes have NaN or infinity; names the file. No random number
+                has been used by then. :func:`gs_d2.data.loaders.TrainingViews` takes another image in its place.
         """
         result = {key: copy.copy(dataset_dict[key]) for key in ("file_name", "image_id") if key in dataset_dict}
         image = self._read(dataset_dict)
@@ -109,12 +109,12 @@ class FaceDatasetMapper:
             faces = faces_of(dataset_dict)
             if not np.isfinite(faces.boxes).all():
                 raise BadDataError(f"{dataset_dict['file_name']}: its annotated boxes have NaN or infinity")
-            image, boxes, trained, ignored = self._augment(image, faces)
+            image, boxes, train, ignore = self._augment(image, faces)
             instances = Instances(image.shape[:2])
-            instances.gt_boxes = Boxes(torch.from_numpy(boxes[trained]))
-            instances.gt_classes = torch.from_numpy(faces.classes[trained])
+            instances.gt_boxes = Boxes(torch.from_numpy(boxes[train]))
+            instances.gt_classes = torch.from_numpy(faces.classes[train])
             result["instances"] = instances
-            result["ignore_boxes"] = Boxes(torch.from_numpy(boxes[ignored]))
+            result["ignore_boxes"] = Boxes(torch.from_numpy(boxes[ignore]))
         # Not np.ascontiguousarray, which leaves the negative stride of a flipped side of one pixel; torch refuses it.
         result["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return result
@@ -133,8 +133,8 @@ class FaceDatasetMapper:
         Whoever wants only the boxes passes a blank image of the file's size: [H, W, 3], or [H, W] where no augmentation
         is of colours (INPUT.GS.COLOR_JITTER 0).
         """
-        image, boxes, trained, ignored = self._augment(image, faces_of(dataset_dict))
-        return image, boxes[trained], boxes[ignored]
+        image, boxes, train, ignore = self._augment(image, faces_of(dataset_dict))
+        return image, boxes[train], boxes[ignore]
 
     def _augment(self, image, faces):
         """The view; the boxes, float32 [n, 4], transformed and clipped to it; which of them to train on and which to

@@ -58,7 +58,7 @@ def load_face_eval(benchmark, annotations, image_root) -> list[dict]:
             file_name=os.path.join(base, f"{image}.jpg"),
             image_id=image,
             gt_boxes=boxes.astype(np.float32),
-            gt_ignore=faces.ignored[image],
+            gt_ignore=faces.ignore[image],
             attributes={},
         )
         for image, boxes in faces.boxes.items()

@@ -1,4 +1,4 @@
-"""What train_net.py loads: training goes on without bad images, and testing does not begin with any missing."""
+"""What train_net.py loads: training continues without bad images, and testing does not begin with any missing."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ class TrainingViews(torch.utils.data.Dataset):
     """One augmented view for each dict of a data set, or of another one where its image cannot be used.
 
     A bad image is reported once, with its name, and never opened again; so are boxes that cannot be of their image
-    (:func:`gs_d2.data.dataset_mapper.off_the_image`). Which image takes its place is drawn with numpy's global
+    (:func:`gs_d2.data.dataset_mapper.off_the_image`). Which image takes its place is chosen with numpy's global
     generator and does not depend on what other workers have found. The loader workers of a process share what they know
     of the images.
 

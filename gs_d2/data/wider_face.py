@@ -54,7 +54,7 @@ def load_wider_face(list_file, image_root, attributes_mat=None) -> list[dict]:
             file_name=os.path.join(image_root, image.path),
             image_id=image.image_id,
             gt_boxes=image.boxes.astype(np.float32),
-            gt_ignore=image.ignored,
+            gt_ignore=image.ignore,
             attributes=image.labels,
         )
         for image in images

@@ -49,7 +49,7 @@ class KeepLast(HookBase):
 class KeepBest(HookBase):
     """Saves `model_best.pth`, weights alone, whenever an evaluation gives a higher value than any before.
 
-    To come after the hook that evaluates. A resumed run goes on with the value that the file holds.
+    To come after the hook that evaluates. A resumed run continues with the value that the file holds.
 
     Args:
         metric: name in TensorBoard without "periodic/", such as "wider_face/hard". The evaluation after the last

@@ -70,7 +70,7 @@ def _launch_by_detectron2(main, args, main_args):
 def _run_under_torchrun(main, args, device, main_args):
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not (args.resume or args.eval_only):
-        sys.exit("torchrun has restarted the processes, and without --resume training would begin anew: add --resume")
+        sys.exit("torchrun has restarted the processes, and without --resume training would start over: add --resume")
     on_gpu = device != "cpu"
     if on_gpu:
         if local_world_size > torch.cuda.device_count():

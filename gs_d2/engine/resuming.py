@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint that another number of processes, batch, rate or length wrote."""
+"""How a run continues from a checkpoint that another number of processes, batch, rate or length wrote."""
 
 import logging
 import math
@@ -15,14 +15,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What of a run its checkpoints hold, so that another can go on from them.
+    """What of a run its checkpoints hold, so that another can continue from them.
 
     Attributes:
         world_size: processes.
         reference_world_size: SOLVER.REFERENCE_WORLD_SIZE as the config has it; 0 where nothing was scaled.
         ims_per_batch, max_iter, base_lr: of SOLVER, scaled to the processes.
         accumulation_steps, weight_decay: SOLVER.GS.ACCUMULATION_STEPS, SOLVER.WEIGHT_DECAY.
-        seed: SEED, or the one drawn in its place.
+        seed: SEED, or the one chosen in its place.
     """
 
     world_size: int
@@ -151,7 +151,7 @@ def report_changes(before: RunSettings, now: RunSettings, scheduler):
 def resume_rate(cfg, scheduler, base_lrs: list[float], done: int, *, compare: bool):
     """Sets the rates of the next iteration by this run's config; the checkpoint's are by that of its own run.
 
-    Only Detectron2's LRMultiplier can say what they are; other schedulers go on as the checkpoint has them.
+    Only Detectron2's LRMultiplier can say what they are; other schedulers continue as the checkpoint has them.
 
     Args:
         scheduler: that has loaded the checkpoint's state, as has its optimizer.
@@ -188,7 +188,7 @@ def _warn_of_decay(cfg, before: float, now: float, done: int):
     if before < now and done >= solver.WARMUP_ITERS:
         _logger.warning(
             f"The checkpoint after {done} iterations lies inside the decay of the run that wrote it: its rate was "
-            f"{before:.3g} of the full one. It now goes on at {now:.3g} of it, and is not what a run of "
+            f"{before:.3g} of the full one. It now continues at {now:.3g} of it, and is not what a run of "
             f"SOLVER.MAX_ITER {solver.MAX_ITER} would have been. For that resume from an earlier checkpoint: "
             f"write its name into {os.path.join(cfg.OUTPUT_DIR, 'last_checkpoint')}"
         )

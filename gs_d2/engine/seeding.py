@@ -1,4 +1,4 @@
-"""Random numbers as a function of where training is, so that a resumed run draws what an uninterrupted one does."""
+"""Random numbers as a function of where training is, so that a resumed run gets those of an uninterrupted one."""
 
 import random
 

@@ -26,8 +26,9 @@ class AccumulatingTrainer(TrainerBase):
     """What `DefaultTrainer` calls its `_trainer`, in place of Detectron2's SimpleTrainer and AMPTrainer.
 
     Each iteration runs `accumulation_steps` batches forward and backward and averages their gradients. Before each
-    pass the random generators are set by (seed, iteration, pass, rank), so that a resumed run draws what an
-    uninterrupted one does. The losses are read once an iteration, in one transfer, and all processes see those of all.
+    pass the random generators are set by (seed, iteration, pass, rank), so that a resumed run gets the random
+    numbers of an uninterrupted one. The losses are read once an iteration, in one transfer, and all processes see those
+    of all.
     """
 
     def __init__(
@@ -156,7 +157,10 @@ class AccumulatingTrainer(TrainerBase):
         if self.nonfinite_loss == "skip":
             message += f"\nIt is the last of {self._skipped_in_a_row} such iterations in a row: training has diverged."
         else:
-            message += "\nA lower SOLVER.BASE_LR or gradient clipping may help; SOLVER.GS.NONFINITE_LOSS skip goes on."
+            message += (
+                "\nA lower SOLVER.BASE_LR or gradient clipping may help. SOLVER.GS.NONFINITE_LOSS skip leaves out such "
+                "steps."
+            )
         raise FloatingPointError(message)
 
     def _save(self, batches, losses: dict) -> str:
@@ -197,8 +201,8 @@ class AccumulatingTrainer(TrainerBase):
         average = self.weight_average
         if average is None:
             _logger.warning(
-                "The checkpoint has an average of the weights, and SOLVER.GS.EMA_DECAY is 0: training goes on without "
-                "it, from the weights that were averaged"
+                "The checkpoint has an average of the weights, and SOLVER.GS.EMA_DECAY is 0: training continues "
+                "without it, from the weights that were averaged"
             )
             average = WeightAverage(_unwrapped(self.model), 0.0)
         average.load_state_dict(state)

@@ -73,7 +73,7 @@ class StopHook(HookBase):
 def save_before_stopping(trainer):
     """Writes the checkpoint of an iteration that is done, in the main process."""
     _logger.warning(
-        f"SIGTERM: saving after iteration {trainer.iter} and ending with exit code {EXIT_CODE}; --resume goes on"
+        f"SIGTERM: saving after iteration {trainer.iter} and ending with exit code {EXIT_CODE}; --resume continues"
     )
     if comm.is_main_process():
         trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)

@@ -12,13 +12,13 @@ from gs_d2.engine.seeding import ORDER, SAMPLE, derive_seeds, seed_generators
 
 
 class TrainLoader:
-    """Batches of views, for this process; each `iter()` starts anew at the iteration last sought (0).
+    """Batches of views, for this process; each `iter()` starts at the iteration of the last `seek` (0).
 
-    The stream of all processes together is one: its order is shuffled anew for each pass over the data set, and what is
+    The stream of all processes together is one: its order is shuffled for each pass over the data set, and what is
     random in `views` (generators of random, numpy and torch) is seeded for every item of the stream. Both depend on
-    `seed` and the place in the stream alone; not on the number of loader workers, nor on what was drawn before. With
-    `aspect_ratio_grouping`, images that wait for others of their shape are lost by a seek, and the number of workers
-    may change the batches.
+    `seed` and the place in the stream alone; not on the number of loader workers, nor on earlier random numbers.
+    With `aspect_ratio_grouping`, images that wait for others of their shape are lost by a seek, and the number of
+    workers may change the batches.
     """
 
     def __init__(

@@ -72,10 +72,10 @@ class Trainer(DefaultTrainer):
         check_training(cfg)
         reference_world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        self._seed_is_drawn = cfg.SEED < 0
-        if self._seed_is_drawn:
+        self._seed_is_random = cfg.SEED < 0
+        if self._seed_is_random:
             cfg = _with_seed(cfg, comm.shared_random_seed())
-            _logger.info(f"SEED is not set: data and samples are drawn with {cfg.SEED}")
+            _logger.info(f"SEED is not set: data and samples are chosen with {cfg.SEED}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -267,7 +267,7 @@ class Trainer(DefaultTrainer):
                 (:func:`gs_d2.engine.resuming.iterations_done`).
         """
         before = settings_of(state_dict.get("run"))
-        if before is not None and self._seed_is_drawn:
+        if before is not None and self._seed_is_random:
             self._take_seed(before.seed)
         done = state_dict["iteration"] + 1
         converted = done if before is None else iterations_done(before, self._run_settings, done)
@@ -278,7 +278,7 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             _logger.warning(
-                "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum begins anew"
+                "The checkpoint has no state of the optimizer (Detectron2 0.5 saves none): momentum starts from zero"
             )
         if before is not None:
             report_changes(before, self._run_settings, self.scheduler)
@@ -300,13 +300,13 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def _take_seed(self, seed: int):
-        """Goes on with the seed that the checkpoint's run drew."""
+        """Goes on with the seed that the checkpoint's run chose."""
         self.cfg = _with_seed(self.cfg, seed)
         self._run_settings = replace(self._run_settings, seed=seed)
         self._trainer.seed = seed
         if hasattr(self.data_loader, "reseed"):
             self.data_loader.reseed(seed)
-        _logger.info(f"SEED is not set: data and samples go on with {seed}, which the checkpoint's run drew")
+        _logger.info(f"SEED is not set: data and samples continue with {seed}, which the checkpoint's run chose")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ _MIN_GAP = 0.05  # of mean scores; a detector sure of everything has few differe
 _MIN_DETECTIONS = 10  # before their scores can be said to be equal
 _MIN_RANGE = 1e-4
 _WHAT_TO_DO = (
-    "Most often every ReLU of the head is off, which no further training mends. Begin anew with a norm in the lateral "
-    "convolutions (MODEL.FPN.NORM GN), a lower SOLVER.BASE_LR or longer SOLVER.WARMUP_ITERS, or "
+    "Most often every ReLU of the head is off, which no further training repairs. Start again with a norm in the "
+    "lateral convolutions (MODEL.FPN.NORM GN), a lower SOLVER.BASE_LR or longer SOLVER.WARMUP_ITERS, or "
     "SOLVER.CLIP_GRADIENTS.ENABLED True"
 )
 _logger = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ class WeightAverage:
         return {name: averages.get(name, value) for name, value in self._model.state_dict().items()}
 
     def state_dict(self) -> dict:
-        """The weights that training goes on with. The averages are not in it but in :meth:`averaged_state_dict`."""
+        """The weights that training continues with. The averages are not in it but in :meth:`averaged_state_dict`."""
         weights = {name: self._weights[index].detach() for name, index in self._index_of_name.items()}
         return {"updates": self._updates, "training_weights": weights}
 

@@ -170,7 +170,7 @@ def _match(
         ious = pixel_iou(gt_boxes, boxes[indices], touching=False)
         best = len(gt_boxes) - 1 - ious[::-1].argmax(axis=0)
         matched = ious[best, np.arange(len(indices))] > _IOU_THRESH
-        on_ignored = matched & annotations.ignored[image][best]
+        on_ignored = matched & annotations.ignore[image][best]
         dropped[indices[on_ignored]] = True
         candidates = np.flatnonzero(matched & ~on_ignored)
         found, first = np.unique(best[candidates], return_index=True)

@@ -81,7 +81,7 @@ def check_coco(content, where: str) -> CocoAnnotations:
     ids = [_whole(annotation["id"]) for annotation in annotations]
     if any(x is None or x < 1 for x in ids) or len(set(ids)) < len(ids):
         ids = range(1, len(ids) + 1)
-        notes.append("annotations are counted anew, since their ids are not unique numbers from 1 on")
+        notes.append("annotations are numbered again, since their ids are not unique numbers from 1 on")
     for annotation, new_id in zip(annotations, ids, strict=True):
         annotation["id"] = new_id
     return CocoAnnotations(images, annotations, categories, notes)

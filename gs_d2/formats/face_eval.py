@@ -26,18 +26,18 @@ class FaceEvalAnnotations:
 
     Attributes:
         boxes: image name, without folder and ending -> ndarray[n, 4]: float64 `x1 y1 x2 y2`.
-        ignored: image name -> bool ndarray[n]: flagged in the file, or narrower or lower than 30 pixels.
+        ignore: image name -> bool ndarray[n]: flagged in the file, or narrower or lower than 30 pixels.
         benchmark: `afw` or `pascal_face`; for faces of one's own any name.
     """
 
     boxes: dict[str, np.ndarray]
-    ignored: dict[str, np.ndarray]
+    ignore: dict[str, np.ndarray]
     benchmark: str
 
     @property
     def num_faces(self) -> int:
         """Faces that are to be found: 473 in AFW, 1,341 in PASCAL."""
-        return int(sum((~ignored).sum() for ignored in self.ignored.values()))
+        return int(sum((~ignore).sum() for ignore in self.ignore.values()))
 
 
 def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotations:
@@ -63,7 +63,7 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
         where = tree.where(names[0])
         try:
             images = load_mat(tree.read_bytes(names[0]), where)["Annotations"].reshape(-1)
-            boxes, ignored = {}, {}
+            boxes, ignore = {}, {}
             for image in images:
                 name = image_name(image["imgname"][0])
                 objects = np.asarray(image["objects"], dtype=np.float64)
@@ -75,10 +75,10 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
                     raise ValueError(f"a box of image {name!r} is not of numbers below {_MAX_NUMBER:g}")
                 flagged = objects[:, 5] != 0 if objects.shape[1] > 5 else np.zeros(len(objects), dtype=bool)
                 small = (np.abs(objects[:, 2:4] - objects[:, :2]) < MIN_FACE).any(axis=1)
-                ignored[name] = flagged | small
+                ignore[name] = flagged | small
         except Exception as error:  # scipy raises many kinds for a damaged file
             raise ValueError(f"{where}: cannot be read as face-eval's annotations ({error!r})") from error
-    return FaceEvalAnnotations(boxes, ignored, benchmark)
+    return FaceEvalAnnotations(boxes, ignore, benchmark)
 
 
 def read_detections(path: str | os.PathLike) -> dict[str, np.ndarray]:

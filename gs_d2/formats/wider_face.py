@@ -42,13 +42,13 @@ class ListedImage:
     Attributes:
         path: `<event>/<image>.jpg`, as listed.
         boxes (ndarray[n, 4]): float64 (x, y, x + w, y + h) as listed, with the degenerate ones.
-        ignored (ndarray[n]): bool; flagged invalid, or w or h <= 0.
+        ignore (ndarray[n]): bool; flagged invalid, or w or h <= 0.
         labels: name of `LABELS` -> uint8 ndarray[n]; zeros where the list has only boxes.
     """
 
     path: str
     boxes: np.ndarray
-    ignored: np.ndarray
+    ignore: np.ndarray
     labels: dict[str, np.ndarray]
 
     @property
@@ -145,8 +145,8 @@ def _listed_image(name, rows) -> ListedImage:
     x, y, w, h = rows[:, :_BOX_COLUMNS].T
     flags = rows[:, _BOX_COLUMNS:] if rows.shape[1] > _BOX_COLUMNS else np.zeros((len(rows), len(LABELS)))
     labels = {label: flags[:, k].astype(np.uint8) for k, label in enumerate(LABELS)}
-    ignored = (w <= 0) | (h <= 0) | (labels["invalid"] > 0)
-    return ListedImage(name, np.stack([x, y, x + w, y + h], axis=1), ignored, labels)
+    ignore = (w <= 0) | (h <= 0) | (labels["invalid"] > 0)
+    return ListedImage(name, np.stack([x, y, x + w, y + h], axis=1), ignore, labels)
 
 
 def add_labels(images: list[ListedImage], mat_file: str | os.PathLike) -> None:
@@ -169,7 +169,7 @@ def add_labels(images: list[ListedImage], mat_file: str | os.PathLike) -> None:
         for label, values in labels_of.get(image.image_id, {}).items():
             if len(values) == len(image.boxes):  # the train .mat has four faces more than the list
                 image.labels[label] = values
-        image.ignored = image.ignored | (image.labels["invalid"] > 0)
+        image.ignore = image.ignore | (image.labels["invalid"] > 0)
 
 
 @dataclass(frozen=True)

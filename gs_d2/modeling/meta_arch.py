@@ -192,7 +192,7 @@ class GroupedFastRCNN(RPNDetector):
                 found.append(
                     f"MODEL.GS.GROUP_POST_NMS_TOPK_{phase} {per_scale} of each of {num_scales} reference scales is "
                     f"more than MODEL.RPN.POST_NMS_TOPK_{phase} {limit}, which keeps those of the highest scores, "
-                    f"seldom small ones: set it to {per_scale * num_scales}"
+                    f"rarely small ones: set it to {per_scale * num_scales}"
                 )
         grouped = gs.ROI.GROUP_SAMPLING and gs.ROI.SAMPLER != "none" and has_grouped_heads(cfg.MODEL.ROI_HEADS.NAME)
         if training and grouped and 0 < gs.GROUP_POST_NMS_TOPK_TRAIN <= num_samples:

@@ -135,7 +135,7 @@ def prune_overlapping(
         match_labels (int8 Tensor[B, R]): 1, 0, or -1 for what cannot be sampled anyway.
         group_idxs (int64 Tensor[R] or [B, R]): in [0, num_groups).
         boxes (Tensor[B, R, 4])
-        losses (Tensor[B, R]): NaN is 0, as for the op that draws.
+        losses (Tensor[B, R]): NaN is 0, as for the op that samples.
         iou_thresh: a box is dropped if its IoU with a kept one is greater.
         max_kept: of each image, group and label; no more can be sampled.
         labels_compete: True compares the boxes of both labels with each other; `max_kept` is then of each image and

@@ -123,7 +123,7 @@ class GroupSamplingRetinaNet(RetinaNet):
 
     def visualize_training(self, batched_inputs: list[dict], results: list[Instances]):
         """As Detectron2's (VIS_PERIOD, where its version has that), without regions to ignore among the objects."""
-        objects = [{**x, "instances": x["instances"][: x["instances"].ignored.count(False)]} for x in batched_inputs]
+        objects = [{**x, "instances": x["instances"][: x["instances"].gt_ignore.count(False)]} for x in batched_inputs]
         super().visualize_training(objects, results)
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]):
@@ -175,7 +175,7 @@ class GroupSamplingRetinaNet(RetinaNet):
         """
         Args:
             anchors: of each feature map.
-            gt_instances: with `gt_boxes` and `gt_classes`, and optionally `ignored` (list[bool], on the host so that
+            gt_instances: with `gt_boxes` and `gt_classes`, and optionally `gt_ignore` (list[bool], on the host so that
                 nothing waits for a GPU): regions to ignore, at the end. Beyond their `image_size` is padding, where no
                 anchor is a negative.
 
@@ -183,7 +183,7 @@ class GroupSamplingRetinaNet(RetinaNet):
             gt_labels (int64 Tensor[B, R]): the class, K for background, -1 for ignored anchors.
             gt_boxes (Tensor[B, R, 4]): the box matched to each anchor; anything where it is not positive.
         """
-        counts = [x.ignored.count(False) if x.has("ignored") else len(x) for x in gt_instances]
+        counts = [x.gt_ignore.count(False) if x.has("gt_ignore") else len(x) for x in gt_instances]
         objects = [x[:count] for x, count in zip(gt_instances, counts, strict=True)]
         ignore_boxes = [x.gt_boxes[count:] for x, count in zip(gt_instances, counts, strict=True)]
         matches = self.group_loss.match(
@@ -242,5 +242,5 @@ def _with_ignore_boxes(image: dict) -> dict:
         gt_boxes=Boxes.cat([instances.gt_boxes, ignore_boxes]),
         gt_classes=torch.cat([instances.gt_classes, instances.gt_classes.new_full((len(ignore_boxes),), -1)]),
     )
-    merged.ignored = [False] * len(instances) + [True] * len(ignore_boxes)
+    merged.gt_ignore = [False] * len(instances) + [True] * len(ignore_boxes)
     return {**image, "instances": merged}

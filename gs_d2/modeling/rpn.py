@@ -195,7 +195,7 @@ class GroupSamplingRPN(torch.nn.Module):
         ignore_boxes: list[Boxes] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
-        """Eq. 2: the sum over groups of the mean losses of the samples drawn from each, averaged over images.
+        """Eq. 2: the sum over groups of the mean losses of each group's samples, averaged over images.
 
         Args:
             anchors (Tensor[R, 4]), pred_logits (Tensor[B, R, 2]), pred_deltas (Tensor[B, R, 4])

@@ -130,7 +130,7 @@ def neg_log_uniform(bits: Tensor) -> Tensor:
 
 
 def sort_keys(method: str, bits: Tensor, losses: Tensor | None) -> Tensor:
-    """The order of drawing within a (group, label): smallest first; int64 [N]."""
+    """The order of sampling within a (group, label): smallest first; int64 [N]."""
     if method == "random":
         return _MASK - bits
     losses = torch.nan_to_num(losses.float(), nan=0.0).clamp(0, 1e6) + 0.0  # + 0.0: -0 becomes 0
@@ -159,10 +159,10 @@ def group_subsample(
             competitions = [(positive | negative, num_per_group)]
         else:
             competitions = [(positive, int(num_per_group * positive_fraction)), (negative, num_per_group)]
-        drawn = 0
+        num_sampled = 0
         for competing, wanted in competitions:
             members = torch.nonzero(competing)[:, 0]
-            chosen = members[torch.sort(keys[members], stable=True).indices[: max(wanted - drawn, 0)]]
+            chosen = members[torch.sort(keys[members], stable=True).indices[: max(wanted - num_sampled, 0)]]
             sampled[chosen] = match_labels[chosen]
-            drawn += len(chosen)
+            num_sampled += len(chosen)
     return sampled

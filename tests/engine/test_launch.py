@@ -92,9 +92,9 @@ def test_torchrun_and_detectron2s_flags_do_not_mix(torchrun, flags):
         launch(refuse, arguments(**flags), "cpu", ())
 
 
-def test_a_restart_that_would_begin_anew_is_refused(torchrun, monkeypatch):
+def test_a_restart_that_would_start_again_is_refused(torchrun, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(SystemExit, match="would begin anew: add --resume"):
+    with pytest.raises(SystemExit, match="would start over: add --resume"):
         launch(refuse, arguments(), "cpu", ())
 
 

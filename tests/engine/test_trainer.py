@@ -69,7 +69,7 @@ def test_a_checkpoint_without_the_optimizer_is_resumed_with_a_warning(drawn_data
     trainer = Trainer(small_config(drawn_datasets, tmp_path))
     with caplog.at_level("WARNING", logger="gs_d2"):
         trainer.load_state_dict({"iteration": 3})
-    assert trainer.iter == 3 and "momentum begins anew" in caplog.text
+    assert trainer.iter == 3 and "momentum starts from zero" in caplog.text
 
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
@@ -149,21 +149,21 @@ def test_a_model_that_has_no_detections_by_scale_is_left_as_it_is():
 
 @pytest.mark.parametrize("pyramid", [False, True])
 @pytest.mark.parametrize("config", ["demo", "two_stage"])
-def test_figures_of_every_scale(drawn_datasets, tmp_path, config, pyramid):
+def test_metrics_of_every_scale(drawn_datasets, tmp_path, config, pyramid):
     base = drawn_datasets / "widerface"
     annotations, images = base / "wider_face_split" / "wider_face_val_bbx_gt.txt", base / "WIDER_val" / "images"
-    register_wider_face("test_figures", annotations, images, ground_truth_dir=base / "ground_truth")
-    opts = ["DATASETS.TEST", ("test_figures",), "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0]
+    register_wider_face("test_metrics", annotations, images, ground_truth_dir=base / "ground_truth")
+    opts = ["DATASETS.TEST", ("test_metrics",), "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0]
     opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32, "TEST.GS.PYRAMID", pyramid]
     cfg = load_config(f"configs/quick/{config}.yaml", [*opts, "TEST.GS.SCALES", [0.5], "INPUT.MIN_SIZE_TEST", 0])
     torch.manual_seed(0)  # untrained weights: with others, no box of some scale may pass the score threshold
     try:
-        figures = Trainer.test(cfg, Trainer.build_model(cfg))["wider_face"]
+        metrics = Trainer.test(cfg, Trainer.build_model(cfg))["wider_face"]
     finally:
-        DatasetCatalog.remove("test_figures")
-        MetadataCatalog.remove("test_figures")
+        DatasetCatalog.remove("test_metrics")
+        MetadataCatalog.remove("test_metrics")
     subsets = ("easy", "medium", "hard", "all")
-    assert [x for x in figures if "@" in x] == [f"{name}@{scale}" for scale in (16, 32, 64, 128) for name in subsets]
+    assert [x for x in metrics if "@" in x] == [f"{name}@{scale}" for scale in (16, 32, 64, 128) for name in subsets]
 
 
 def test_evaluations_are_of_the_averaged_weights_and_training_is_not(drawn_datasets, tmp_path):
@@ -251,7 +251,7 @@ def test_an_average_can_be_begun_and_dropped_by_resuming(drawn_datasets, tmp_pat
     with caplog.at_level("INFO", logger="gs_d2"):
         start, _ = run(5, after)
     assert_same_bits(start, trained)
-    assert ("EMA_DECAY is 0: training goes on without it" in caplog.text) == (before > 0)
+    assert ("EMA_DECAY is 0: training continues without it" in caplog.text) == (before > 0)
     assert ("begins with the weights as they are now" in caplog.text) == (after > 0)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["_trainer"]
     assert state.get("weight_average", {}).get("updates") == (2 if after else None)

@@ -47,7 +47,7 @@ def registered(tmp_path, given):
 
 
 def perfect(kind, **options):
-    """The figures for the data set's own boxes as detections."""
+    """The metrics for the data set's own boxes as detections."""
     arguments = (NAME, ("bbox",)) if kind is CocoEvaluator else (NAME,)
     fast = {"use_fast_impl": False} if kind is CocoEvaluator else {}
     evaluator = kind(*arguments, distributed=False, **fast, **options)

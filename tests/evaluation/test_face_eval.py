@@ -34,7 +34,7 @@ def literal_protocol(annotations, detections, y_shift, iterations=5):
             if x2 - x1 > 21 or y2 - y1 > 21:
                 rows.append([image, score, x1, y1, x2, y2])
     rows.sort(key=lambda row: -row[1])
-    num_faces = sum(sum(not flag for flag in flags) for flags in annotations.ignored.values())
+    num_faces = sum(sum(not flag for flag in flags) for flags in annotations.ignore.values())
     shift, scale = np.zeros(2), np.ones(2)
     for _ in range(iterations):
         found, outcomes, fits = set(), [], []
@@ -50,7 +50,7 @@ def literal_protocol(annotations, detections, y_shift, iterations=5):
                     best_iou, best = iou, g
             if best_iou <= 0.5:
                 outcomes.append("false alarm")
-            elif annotations.ignored[image][best]:
+            elif annotations.ignore[image][best]:
                 outcomes.append("dropped")
             elif (image, best) in found:
                 outcomes.append("false alarm")

@@ -59,14 +59,14 @@ def test_what_has_a_default_is_completed():
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (4, 4), (-1, 3), ("a", "b"), (None, 2), (1.5, 2), ([], {}), (True, 2), (1,)])
-def test_annotations_are_counted_anew(ids):
+def test_annotations_are_numbered_again(ids):
     given = content()
     for annotation in given["annotations"]:
         del annotation["id"]
     for annotation, new_id in zip(given["annotations"], ids, strict=False):
         annotation["id"] = new_id
     found = check_coco(given, "a.json")
-    assert [x["id"] for x in found.annotations] == [1, 2] and "counted anew" in found.notes[0]
+    assert [x["id"] for x in found.annotations] == [1, 2] and "numbered again" in found.notes[0]
 
 
 @pytest.mark.parametrize(("flag", "crowd"), [(0, 0), (False, 0), (1, 1), (True, 1)])

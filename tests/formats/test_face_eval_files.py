@@ -51,7 +51,7 @@ def test_annotation_file(tmp_path):
     savemat(tmp_path / "new_annotations_AFW.mat", {"Annotations": records})
     for path in (tmp_path, tmp_path / "new_annotations_AFW.mat"):
         annotations = read_annotations(path, "afw")
-        assert annotations.ignored["a"].tolist() == [False, True, True]
+        assert annotations.ignore["a"].tolist() == [False, True, True]
         assert annotations.boxes["b"].shape == (0, 4) and annotations.num_faces == 1
     with pytest.raises(FileNotFoundError, match="Annotations_Face_PASCAL"):
         read_annotations(tmp_path, "pascal_face")

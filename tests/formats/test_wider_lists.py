@@ -29,7 +29,7 @@ def check_images(images):
     for image in images:
         n = len(image.boxes)
         assert image.boxes.shape == (n, 4) and image.boxes.dtype == np.float64
-        assert image.ignored.shape == (n,) and image.ignored.dtype == bool
+        assert image.ignore.shape == (n,) and image.ignore.dtype == bool
         assert tuple(image.labels) == LABELS
         assert all(v.shape == (n,) and v.dtype == np.uint8 for v in image.labels.values())
         assert np.isfinite(image.boxes).all()
@@ -56,7 +56,7 @@ def test_spelling_does_not_matter(load, spelling):
     assert [r.path for r in found] == [r.path for r in expected]
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a.boxes, b.boxes)
-        np.testing.assert_array_equal(a.ignored, b.ignored)
+        np.testing.assert_array_equal(a.ignore, b.ignore)
 
 
 def test_an_image_of_count_0_may_have_a_dummy_row(load):
@@ -75,7 +75,7 @@ def test_boxes_without_area_are_kept_and_ignored(load):
     )
     check_images([image])
     assert image.boxes.tolist() == [[1, 2, 1, 7], [1, 2, 6, 2], [9, 9, 7, 32], [1, 1, 2, 2]]
-    assert image.ignored.tolist() == [True, True, True, False]
+    assert image.ignore.tolist() == [True, True, True, False]
 
 
 def test_an_empty_list(load):
@@ -212,9 +212,9 @@ def test_lists_of_boxes_take_their_attributes_from_the_mat(load, tmp_path):
     a, b, c = load(text, mat)
     check_images([a, b, c])
     assert a.labels["blur"].tolist() == [2, 1]
-    assert a.ignored.tolist() == [False, True]
+    assert a.ignore.tolist() == [False, True]
     assert b.labels["pose"].tolist() == [0], "three labels for one box fit no box"
-    assert c.ignored.tolist() == [False]
+    assert c.ignore.tolist() == [False]
     mat.write_bytes(mat.read_bytes()[:150])
     with pytest.raises(ValueError, match=r"wider_face_val\.mat: cannot be read as a MATLAB file"):
         load(text, mat)

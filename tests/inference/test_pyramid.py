@@ -357,7 +357,7 @@ def test_keeps_the_model_s_mode_and_refuses_training():
 
 @pytest.fixture
 def drawn_cfg(drawn_datasets, tmp_path):
-    """The demo's config, tested on four drawn images."""
+    """The demo's config, tested on four generated images."""
     name = "test_pyramid"
     base = drawn_datasets / "widerface"
     register_wider_face(name, base / "wider_face_split" / "wider_face_val_bbx_gt.txt", base / "WIDER_val" / "images")
@@ -377,8 +377,8 @@ def test_the_trainer_tests_on_the_pyramid(drawn_cfg, tmp_path):
     predictions = []
     for scales in (None, [1.0], [0.5, 1.0]):
         drawn_cfg.TEST.GS.PYRAMID, drawn_cfg.TEST.GS.SCALES = scales is not None, scales or [2.0]
-        figures = engine.Trainer.test(drawn_cfg, model)["wider_face"]
-        assert 0 <= figures["all"] <= 100
+        metrics = engine.Trainer.test(drawn_cfg, model)["wider_face"]
+        assert 0 <= metrics["all"] <= 100
         assert model.training, "evaluation gives the model back as it was"
         files = sorted((tmp_path / "inference").rglob("*.txt"))
         predictions.append([file.read_bytes() for file in files])

@@ -32,7 +32,7 @@ def test_paired_iou_is_the_diagonal_of_the_matrix():
 
 
 def test_gradient_is_the_papers():
-    """Eq. 6 and 12 (with its typo y2* - y1* mended), by hand for x1 of the prediction."""
+    """Eq. 6 and 12 (with its typo y2* - y1* corrected), by hand for x1 of the prediction."""
     p = torch.tensor([[2.0, 1.0, 12.0, 9.0]], requires_grad=True)
     g = torch.tensor([[4.0, 0.0, 13.0, 8.0]])
     least_square_iou_loss(p, g).sum().backward()

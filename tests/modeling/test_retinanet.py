@@ -248,7 +248,7 @@ def test_a_crowd_smaller_than_the_smallest_anchor_ignores_those_near_it():
     model = build("retinanet_sampling")
     anchors = model.anchor_generator(feature_maps(num_images=1))
     (instances,) = objects([[60.0, 60, 66, 65, -1]])
-    instances.ignored = [True]
+    instances.gt_ignore = [True]
     labels, _ = model.label_anchors(anchors, [instances])
     ignored = Boxes.cat(anchors).area().sqrt()[labels[0] == -1]
     assert len(ignored) >= 12 and ignored.max() < 64, "of every ratio, and of no larger octave"
@@ -365,7 +365,7 @@ def test_predictions_for_ignored_anchors_may_be_infinite(name, bad):
     anchors = model.anchor_generator(feature_maps())
     instances = objects([[10.0, 10, 44, 40, 2], [60, 20, 120, 110, -1]], [[30.0, 50, 70, 90, 1], [0, 0, 50, 128, -1]])
     for image in instances:
-        image.ignored = [False, True]
+        image.gt_ignore = [False, True]
     gt_labels, gt_boxes = model.label_anchors(anchors, instances)
     ignored = (gt_labels == -1).split([len(x) for x in anchors], dim=1)
     found = []

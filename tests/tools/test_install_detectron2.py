@@ -1,4 +1,4 @@
-"""install_detectron2.py: which route it takes, that nothing of an unchecked archive runs, and how 0.5 is mended.
+"""install_detectron2.py: which route it takes, that nothing of an unchecked archive runs, and how 0.5 is repaired.
 
 No test asks the network or installs anything here: pip and git are replaced, and the real pip sees one folder, or an
 environment of its own.
@@ -277,7 +277,7 @@ def test_an_archive_of_another_hash_is_not_run(archive, installed, capfd):
     assert installed == []
 
 
-def test_an_archive_of_the_right_hash_is_mended_and_installed(archive, installed, monkeypatch):
+def test_an_archive_of_the_right_hash_is_repaired_and_installed(archive, installed, monkeypatch):
     monkeypatch.setattr(tool, "SDIST_SHA256", archive.sha256)
     tool.install_from_index()
     assert archive.marker.exists()
@@ -288,7 +288,7 @@ def test_an_archive_of_the_right_hash_is_mended_and_installed(archive, installed
     assert has_stub
 
 
-def test_mend(tmp_path):
+def test_repair(tmp_path):
     package = tmp_path / "detectron2"
     (package / "data").mkdir(parents=True)
     old = (
@@ -299,7 +299,7 @@ def test_mend(tmp_path):
     (package / "data" / "transforms.py").write_text(old, encoding="utf-8")
     (package / "plain.py").write_text("x = 1\n")
     (package / "notes.txt").write_text("np.int")
-    tool.mend(tmp_path)
+    tool.repair(tmp_path)
     assert (package / "data" / "transforms.py").read_text(encoding="utf-8") == (
         "Image.BILINEAR Image.LINEARIZE int(1) float, bool) object]\n"
         "np.int32 np.int64 np.int_ np.float32 np.bool_ np.object_ np.integer np.floating anp.int xImage.LINEAR\n"
@@ -307,7 +307,7 @@ def test_mend(tmp_path):
     )
     assert (package / "plain.py").read_text() == "x = 1\n"
     assert (package / "notes.txt").read_text() == "np.int"
-    tool.mend(tmp_path)  # a second time changes nothing
+    tool.repair(tmp_path)  # a second time changes nothing
     assert "Image.BILINEAR Image.LINEARIZE int(1)" in (package / "data" / "transforms.py").read_text(encoding="utf-8")
 
     spec = importlib.util.spec_from_file_location("stub_c", package / "_C.py")
