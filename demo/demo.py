@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from gs_d2 import model_zoo
 from gs_d2.anonymization import STYLES, anonymize
+from gs_d2.anonymization import THRESHOLD as ANONYMIZE_THRESHOLD
 from gs_d2.command_line import bad_input_ends, file_for, folder_for, parser_of
 from gs_d2.config import load_config
 from gs_d2.formats.folders import is_system_file
@@ -39,7 +40,6 @@ from gs_d2.visualization import FACE, draw
 
 SCALES = [0.25, 0.5, 1.0]
 THRESHOLD = 0.5
-ANONYMIZE_THRESHOLD = 0.15  # a false alarm covers a patch of background, a missed face stays visible
 GAP_SECONDS = 0.5  # for which a face that is not found in a video stays covered
 MAX_GAP = 30  # frames; as many are in memory
 END_TOLERANCE = 0.01  # of the frames that a container names; it may count a few too many

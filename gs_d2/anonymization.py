@@ -8,6 +8,9 @@ from PIL import Image, ImageFilter
 from gs_d2.formats.images import pixels_only
 
 STYLES = ("blur", "mosaic", "solid")
+THRESHOLD = (
+    0.15  # lowest score of what is covered: a false alarm costs a patch of background, a missed face stays visible
+)
 
 _MARGIN = 0.1  # of a box's width and height, on each side; hair and ears are outside of a box
 _CELLS = 8  # along the longer side of the covered place, which leaves about five across the face

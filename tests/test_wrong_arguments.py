@@ -71,6 +71,7 @@ COMMANDS = {
     "visualize_results": [
         *("--dataset", "generated_val", "--predictions", "{predictions}", "--output", "{out}", "--num-images", "1"),
     ],
+    "web": [],
 }
 VALUES = ["", "-1", "nan", "{root}/nothing/there", "{root}/text.txt/below", "{root}/binary", "{root}/folder", "a\0b"]
 
@@ -150,6 +151,7 @@ def surroundings(files, monkeypatch, tmp_path, register, drawn_datasets):
             return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
 
     monkeypatch.setattr("demo.FaceDetector", Detector)
+    monkeypatch.setattr("web.serve", lambda host, port: None)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: argparse.Namespace(returncode=1, stdout="", stderr=""))
     return {**{key: str(value) for key, value in files.items()}, "out": str(tmp_path / "out")}
 

@@ -37,6 +37,16 @@ def path_key(path: str | os.PathLike) -> str:
     return os.path.realpath(path).lower()
 
 
+def record(file: str, image: Image.Image, boxes, scores, frame: int | None = None) -> dict:
+    """What the JSON says of a picture or frame; arguments as of :meth:`FoundFaces.add`."""
+    return {
+        **({"file": file} if frame is None else {"file": file, "frame": frame}),
+        **{"width": image.width, "height": image.height},
+        "boxes": [[_short(x) for x in box] for box in np.reshape(boxes, (-1, 4))],
+        "scores": [_short(x) for x in scores],
+    }
+
+
 class FoundFaces:
     """Collects the faces of pictures or frames, and writes them.
 
@@ -70,16 +80,13 @@ class FoundFaces:
         Raises:
             OSError: a crop cannot be written.
         """
-        boxes = [[_short(x) for x in box] for box in np.reshape(boxes, (-1, 4))]
-        scores = [_short(x) for x in scores]
-        of = {"file": file} if frame is None else {"file": file, "frame": frame}
+        picture = record(file, image, boxes, scores, frame)
         if self._json is not None:
-            size = {"width": image.width, "height": image.height}
-            self._pictures.append({**of, **size, "boxes": boxes, "scores": scores})
+            self._pictures.append(picture)
         if self._crops is None:
             return
         stem = Path(file).stem + ("" if frame is None else f"_{frame:06d}")
-        for i, (box, score) in enumerate(zip(boxes, scores, strict=True), 1):
+        for i, (box, score) in enumerate(zip(picture["boxes"], picture["scores"], strict=True), 1):
             crop = _crop(image, box)
             if crop is not None:
                 path = free_path(self._crops, f"{stem}_{i}", ".png", self._taken)
