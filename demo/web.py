@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A web page that finds the faces of a photograph, with the detector that comes with gs_d2 (needs gradio).
+"""A web page that finds the faces of a photograph, with the detector that comes with gs_d2 (needs gradio 6).
 
 python demo/web.py
 
@@ -8,6 +8,7 @@ anywhere. Photographs are kept in a temporary folder for at most twenty minutes,
 """
 
 import os
+import signal
 import sys
 import tempfile
 from functools import cache
@@ -26,6 +27,7 @@ from gs_d2.visualization import FACE, draw
 SCALES = [0.25, 0.5, 1.0, 2.0]
 LOWEST = 0.05  # of the scores that can be asked for
 MAX_PIXELS = 40e6  # at the largest scale; the memory that a detector needs grows with them
+SHOWN_BUTTONS = ["download", "fullscreen"]
 KEPT_SECONDS = 600  # a photograph, and as often it is looked for older ones
 
 
@@ -64,7 +66,7 @@ def page(gradio):
         try:
             return find_faces(file, threshold, scales, marks)
         except (OSError, ValueError) as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
 
     with gradio.Blocks(title="gs_d2", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
         gradio.Markdown("# Find faces\nCheck the result: a face that is not found stays visible.")
@@ -78,9 +80,10 @@ def page(gradio):
                 )
                 button = gradio.Button("Find faces", variant="primary")
             with gradio.Column():
-                picture = gradio.Image(label="Faces", format="png", interactive=False)
+                # Without the button that shares a picture on a server of others.
+                picture = gradio.Image(label="Faces", format="png", interactive=False, buttons=SHOWN_BUTTONS)
                 count = gradio.Textbox(label="Found", interactive=False)
-                text = gradio.Code(label="JSON", language="json", interactive=False)
+                text = gradio.Code(label="JSON", language="json", interactive=False, max_lines=20)
         marks.change(threshold_for, marks, threshold)
         button.click(find, [file, threshold, scales, marks], [picture, count, text], api_name="find_faces")
     return blocks
@@ -137,4 +140,5 @@ def detector_at(scales: tuple[float, ...]) -> FaceDetector:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the photographs are removed
     sys.exit(main())

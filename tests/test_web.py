@@ -106,7 +106,8 @@ class Gradio:
     """Stands in for the module, and keeps what the page is made of and how it is served."""
 
     class Error(Exception):
-        pass
+        def __init__(self, message, print_exception):
+            super().__init__(message)
 
     def __init__(self):
         self.blocks, self.served, self.clicked = {}, {}, []
