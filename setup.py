@@ -176,6 +176,8 @@ setup(
         ],
         "timm": ["timm>=1.0"],  # FaceDetector(), and backbones of timm (docs/backbones.md)
         "heic": ["pillow_heif"],  # pictures of phones
+        "web": ["gradio>=6"],  # demo/web.py
+        "video": ["opencv-python"],  # demo/demo.py --video-input
         "export": ["onnx", "onnxruntime", "onnxscript"],  # docs/export.md
     },
     ext_modules=[ext_module],

@@ -1,6 +1,8 @@
-"""demo/demo.py: every picture is drawn or named as failing, and no input is overwritten."""
+"""demo/demo.py: every picture is drawn, anonymized or named as failing, and no input is overwritten."""
 
+import csv
 import io
+import json
 import os
 import re
 import subprocess
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from PIL import Image, ImageShow
+from PIL import Image, ImageCms, ImageShow
+from PIL.PngImagePlugin import PngInfo
 
 from demo import main
+from gs_d2.anonymization import anonymize
 from gs_d2.config import load_config
+from gs_d2.formats.images import as_rgb
 from gs_d2.inference import FaceDetector
 from gs_d2.visualization import FACE, draw
 
@@ -162,6 +167,142 @@ def test_a_config_with_a_pyramid_keeps_it(made, pictures, tmp_path):
     assert len(made[0][0].TEST.GS.SCALES) == 8
 
 
+def jpeg_with_all(path, face):
+    """A sideways picture with its EXIF thumbnail, owner, XMP, comment, profile and a second picture (MPO)."""
+    thumbnail = io.BytesIO()
+    face.resize((60, 40)).save(thumbnail, "JPEG")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "the owner's name"  # orientation, artist
+    exif.get_ifd(0x8769)[0x927C] = b"maker's note " + thumbnail.getvalue()
+    plain = exif.tobytes()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    face.rotate(90, expand=True).save(
+        path,
+        "MPO",
+        save_all=True,
+        append_images=[face],
+        exif=plain + thumbnail.getvalue(),
+        xmp=b"<x:xmpmeta>the owner's name</x:xmpmeta>",
+        comment=b"the owner's name",
+        icc_profile=profile,
+    )
+    with Image.open(path) as file:
+        assert file.n_frames == 2 and file.info["exif"] and file.info["comment"] and file.info["icc_profile"]
+    content = path.read_bytes()
+    assert content.count(thumbnail.getvalue()) >= 2 and content.count(b"the owner's name") >= 3
+
+
+def animation(path, face):
+    face.save(path, save_all=True, append_images=[face.rotate(180)], duration=50)
+
+
+def png_with_texts(path, face):
+    texts = PngInfo()
+    texts.add_text("Raw profile type exif", "the owner's name")
+    texts.add_itxt("XML:com.adobe.xmp", "the owner's name")
+    face.save(path, pnginfo=texts, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp", ".bmp"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("x.jpg", jpeg_with_all),
+        ("x.gif", animation),
+        ("x.webp", animation),
+        ("x.tif", animation),
+        ("x.png", png_with_texts),
+    ],
+)
+def test_an_anonymized_picture_is_pixels_only(made, tmp_path, name, make, ending):
+    rng = np.random.default_rng(0)
+    face = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).resize((120, 80), Image.Resampling.NEAREST)
+    make(tmp_path / name, face)
+    expected = anonymize(as_rgb(tmp_path / name), BOXES, "mosaic")
+    output = tmp_path / f"out{ending}"
+    for opts in (["--anonymize", "mosaic"], []):
+        assert run("--input", tmp_path / name, "--output", output, *opts) == 0
+        content = output.read_bytes()
+        assert content.count(b"\xff\xd8\xff") == (ending == ".jpg"), "one JPEG in it at most: no thumbnail"
+        for mark in (b"Exif", b"eXIf", b"EXIF", b"owner", b"xmp", b"XMP", b"MPF", b"ICC", b"iCCP", b"tEXt", b"iTXt"):
+            assert mark not in content, mark
+        with Image.open(output) as image:
+            assert getattr(image, "n_frames", 1) == 1 and image.size == (120, 80)
+            assert (
+                not set(image.info)
+                - {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "compression"}
+                - {*("loop", "background", "timestamp", "duration")}
+            )
+            if opts:
+                difference = np.asarray(image.convert("RGB")).astype(int) - np.asarray(expected)
+    assert np.abs(difference).mean() < 12 and (ending not in (".png", ".bmp") or not difference.any())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "threshold"),
+    [([], 0.5), (["--anonymize", "solid"], 0.15), (["--anonymize", "solid", "--confidence-threshold", "0.4"], 0.4)],
+)
+def test_the_threshold_is_lower_for_what_must_not_be_missed(made, pictures, tmp_path, arguments, threshold):
+    assert run("--input", pictures / "b.jpg", "--output", tmp_path / "out", *arguments) == 0
+    assert made[0][1] == threshold
+
+
+def test_json_crops_and_pictures_together(made, pictures, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (120, 80)).save(other / "b.jpg")
+    (other / "broken.jpg").touch()
+    out, crops, faces = tmp_path / "out", tmp_path / "crops", tmp_path / "new" / "faces.json"
+    inputs = [pictures / "b.jpg", other]
+    flags = ["--output", out, "--save-crops", crops, "--json", faces, "--anonymize", "solid"]
+    assert run("--input", *inputs, *flags) == 1
+    assert sorted(os.listdir(out)) == ["b.jpg", "b_2.jpg"]
+    read = json.loads(faces.read_text())
+    of = {"width": 120, "height": 80, "boxes": BOXES.tolist(), "scores": [0.9, 0.6]}
+    assert read == [{"file": str(path), **of} for path in (pictures / "b.jpg", other / "b.jpg")]
+    with open(crops / "faces.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["crop"] for row in rows} | {"faces.csv"} == set(os.listdir(crops)) and len(rows) == 4
+    assert [row["file"] for row in rows] == [str(pictures / "b.jpg")] * 2 + [str(other / "b.jpg")] * 2
+    with Image.open(crops / rows[0]["crop"]) as crop:  # as the face was, though the picture is anonymized
+        assert np.asarray(crop).min() > 80
+    with Image.open(out / "b.jpg") as image:
+        assert np.asarray(image)[30, 40].max() < 8
+
+
+def test_json_or_crops_alone_need_no_screen_and_write_no_pictures(made, pictures, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    before = set(tmp_path.rglob("*"))
+    assert run("--input", pictures, "--json", tmp_path / "faces.json") == 0
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "faces.json"}
+    assert len(json.loads((tmp_path / "faces.json").read_text())) == 4
+    assert run("--input", pictures, "--save-crops", tmp_path / "crops") == 0
+    assert len(os.listdir(tmp_path / "crops")) == 9
+    with refused("no screen"):  # where the anonymized pictures would be
+        run("--input", pictures, "--json", tmp_path / "faces.json", "--anonymize", "blur")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json", "{pictures}/b.jpg"], r"--json would overwrite the input .*b\.jpg"),
+        (["--json", "{out}/b.jpg"], r"--json .*b\.jpg is a file of --output: name another"),
+        (["--json", "{pictures}"], "--json .*is a folder: name a file"),
+        (["--json", "{out}/faces.csv", "--save-crops", "{out}"], "is the table of --save-crops"),
+        (["--save-crops", "{pictures}/b.jpg"], "--save-crops .*cannot be made a folder"),
+        (["--anonymize", "pixels"], "invalid choice"),
+    ],
+)
+def test_what_is_refused_of_json_and_crops(made, pictures, tmp_path, flags, message, refused):
+    before = (pictures / "b.jpg").read_bytes()
+    flags = [flag.format(pictures=pictures, out=tmp_path / "out") for flag in flags]
+    with refused(message):
+        run("--input", pictures / "b.jpg", "--output", tmp_path / "out", *flags)
+    assert (pictures / "b.jpg").read_bytes() == before and not made
+
+
 def test_videos_without_opencv(made, tmp_path, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "cv2", None)
     for source in (["--webcam"], ["--video-input", "x.mp4"]):
@@ -169,7 +310,7 @@ def test_videos_without_opencv(made, tmp_path, monkeypatch, refused):
             run(*source, "--output", tmp_path)
 
 
-def made_up_cv2(frames, written, says=None, lost=0):
+def made_up_cv2(frames, written, says=None, lost=0, rate=24.0):
     """OpenCV's interface, as far as the demo uses it: the video has these frames, and `written` gets the others.
 
     Args:
@@ -194,7 +335,7 @@ def made_up_cv2(frames, written, says=None, lost=0):
 
     def read():
         frame = next(left, None)
-        if isinstance(frame, Exception):
+        if isinstance(frame, BaseException):
             raise frame
         return frame is not None, frame
 
@@ -203,7 +344,7 @@ def made_up_cv2(frames, written, says=None, lost=0):
         num_written = sum(isinstance(frame, np.ndarray) for frame in written) - lost
         count = num_written if written and written[-1] == "released" else named
         return SimpleNamespace(
-            isOpened=lambda: True, read=read, release=lambda: None, get=lambda what: {1: count, 2: 24.0}[what]
+            isOpened=lambda: True, read=read, release=lambda: None, get=lambda what: {1: count, 2: rate}[what]
         )
 
     return SimpleNamespace(
@@ -230,6 +371,84 @@ def test_a_video(made, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([], written))
     with refused("has no frame that can be read"):
         run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "out")
+
+
+@pytest.fixture
+def blinking(monkeypatch):
+    """The script's detector finds a face in these frames of a video only; it moves by 2 px a frame."""
+
+    def blinking(found_in):
+        class Detector:
+            def __init__(self, cfg, confidence_threshold):
+                self.frame = -1
+
+            def detect(self, image):
+                self.frame += 1
+                n = int(self.frame in found_in)
+                return BOXES[:n] + np.float32([2, 0, 2, 0]) * self.frame, SCORES[:n]
+
+        monkeypatch.setattr("demo.FaceDetector", Detector)
+
+    return blinking
+
+
+def test_a_face_that_blinks_out_stays_covered(blinking, tmp_path, monkeypatch):
+    """24 frames a second: gaps of 12 frames, and 12 frames before and after."""
+    blinking({0, 1, 10, 30})
+    white = np.full((80, 120, 3), 255, np.uint8)
+    written = []
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([white] * 50, written))
+    (tmp_path / "x.avi").touch()
+    flags = ["--anonymize", "solid", "--json", tmp_path / "x.json", "--save-crops", tmp_path / "crops"]
+    assert run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "out", *flags) == 0
+    _, *frames, end = written
+    assert end == "released" and len(frames) == 50
+    black = [(frame.max(axis=2) == 0) for frame in frames]
+    for i in (*range(11), 30):
+        assert black[i][10:55, 20 + 2 * i : 60 + 2 * i].all(), f"the moving box of frame {i}"
+    assert all(black[i][10:55, 40:80].all() for i in range(11, 23)), "held after frame 10"
+    assert all(black[i][10:55, 80:].all() for i in range(18, 43)), "held before and after frame 30"
+    assert not any(black[i].any() for i in range(43, 50))
+    read = json.loads((tmp_path / "x.json").read_text())
+    assert [record["frame"] for record in read] == list(range(50))
+    assert [record["frame"] for record in read if record["boxes"]] == [0, 1, 10, 30], "as found, without those added"
+    names = {f"x_{frame:06d}_1.png" for frame in (0, 1, 10, 30)}
+    assert set(os.listdir(tmp_path / "crops")) == {"faces.csv", *names}
+
+
+def test_a_video_to_json_alone(made, tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([np.zeros((80, 120, 3), np.uint8)] * 3, written))
+    (tmp_path / "x.avi").touch()
+    assert run("--video-input", tmp_path / "x.avi", "--json", tmp_path / "x.json") == 0
+    assert written == [] and "6 faces in 3 frames" in capsys.readouterr().out
+    assert [len(record["boxes"]) for record in json.loads((tmp_path / "x.json").read_text())] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), ArithmeticError("codec")])
+def test_what_was_found_before_a_video_ends_early_is_written(made, tmp_path, monkeypatch, end):
+    """Ctrl-C is how a webcam's video ends."""
+    frames, written = [np.zeros((80, 120, 3), np.uint8)] * 4, []
+    monkeypatch.setitem(sys.modules, "cv2", made_up_cv2([*frames, end], written))
+    flags = ["--output", tmp_path / "y.mp4", "--json", tmp_path / "y.json", "--anonymize", "blur"]
+    if isinstance(end, KeyboardInterrupt):
+        assert run("--webcam", *flags) == 0
+        assert len(written) == 6, "the frames that waited, too"
+    else:
+        (tmp_path / "x.avi").touch()
+        with pytest.raises(SystemExit):
+            run("--video-input", tmp_path / "x.avi", *flags)
+    assert len(json.loads((tmp_path / "y.json").read_text())) == 4
+
+
+@pytest.mark.parametrize(("rate", "taken"), [(0, 25), (float("nan"), 25), (-5, 25), (90000, 25), (60, 60)])
+def test_a_frame_rate_that_cannot_be(made, tmp_path, monkeypatch, rate, taken):
+    written = []
+    cv2 = made_up_cv2([np.zeros((80, 120, 3), np.uint8)], written, rate=rate)
+    monkeypatch.setitem(sys.modules, "cv2", cv2)
+    (tmp_path / "x.avi").touch()
+    assert run("--video-input", tmp_path / "x.avi", "--output", tmp_path / "y.mp4", "--anonymize", "solid") == 0
+    assert written[0] == (str(tmp_path / "y.mp4"), taken, (120, 80)) and len(written) == 3
 
 
 @pytest.mark.parametrize(

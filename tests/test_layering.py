@@ -169,6 +169,7 @@ RULES = {
         never=(TORCH_OPS_DIRECTLY,),
         cfg="builders",
     ),
+    "videos": Rule(files=("gs_d2/formats/videos.py",), may=("numpy", "cv2", "PIL")),
     "formats": Rule(
         files=("gs_d2/formats/*.py",), may=("numpy", "scipy", "h5py", "PIL", "pillow_heif", "tqdm", "gs_d2.formats")
     ),
@@ -447,6 +448,7 @@ RULES = {
         cfg="anywhere",
     ),
     "visualization": Rule(files=("gs_d2/visualization.py",), may=("numpy", "PIL")),
+    "anonymization": Rule(files=("gs_d2/anonymization.py",), may=("numpy", "PIL", "gs_d2.formats.images")),
     # C++ and CUDA
     "csrc/math": Rule(
         files=("csrc/math/*",),
@@ -568,6 +570,8 @@ VIOLATIONS = [
     ("formats", "gs_d2/formats/x.py", "from gs_d2.data import load_wider_face", "gs_d2.data.load_wider_face"),
     ("formats", "gs_d2/formats/x.py", "from ..evaluation.report import percent", "gs_d2.evaluation.report.percent"),
     ("formats", "gs_d2/formats/x.py", "import torch", "torch"),
+    ("formats", "gs_d2/formats/x.py", "import cv2", "cv2"),
+    ("videos", "gs_d2/formats/videos.py", "from gs_d2.visualization import draw", "gs_d2.visualization.draw"),
     ("data loaders", "gs_d2/data/loaders.py", "from gs_d2.evaluation import WiderFaceEvaluator", "gs_d2.evaluation"),
     ("data", "gs_d2/data/x.py", "from gs_d2.modeling import GroupSampler", "gs_d2.modeling.GroupSampler"),
     ("data", "gs_d2/data/x.py", "from .. import ops", "gs_d2.ops"),
@@ -630,6 +634,7 @@ VIOLATIONS = [
     ("analysis", "gs_d2/analysis/x.py", "from gs_d2.engine import Trainer", "gs_d2.engine.Trainer"),
     ("generated faces", "gs_d2/data/generated_faces.py", "from detectron2.data import x", "detectron2.data.x"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),
+    ("anonymization", "gs_d2/anonymization.py", "from gs_d2.inference import FaceDetector", "gs_d2.inference"),
     ("csrc/math", "csrc/math/x.h", "#include <torch/torch.h>", "<torch/torch.h>"),
     ("csrc/math", "csrc/math/x.h", "#  include <cuda_runtime.h>", "<cuda_runtime.h>"),
     ("csrc/math", "csrc/math/x.h", '#include "../cpu/kernels.h"', "csrc/cpu/kernels.h"),

@@ -71,6 +71,7 @@ COMMANDS = {
     "visualize_results": [
         *("--dataset", "generated_val", "--predictions", "{predictions}", "--output", "{out}", "--num-images", "1"),
     ],
+    "web": [],
 }
 VALUES = ["", "-1", "nan", "{root}/nothing/there", "{root}/text.txt/below", "{root}/binary", "{root}/folder", "a\0b"]
 
@@ -149,6 +150,7 @@ def surroundings(files, monkeypatch, tmp_path, register, drawn_datasets):
             return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
 
     monkeypatch.setattr("demo.FaceDetector", Detector)
+    monkeypatch.setattr("web.serve", lambda host, port: None)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: argparse.Namespace(returncode=1, stdout="", stderr=""))
     return {**{key: str(value) for key, value in files.items()}, "out": str(tmp_path / "out")}
 
@@ -171,8 +173,8 @@ def test_wrong_values(name, surroundings, monkeypatch, capsys):
     assert outcome(main, [*words, "--no-such-flag"], capsys)[0] == 2
 
 
-OUTPUTS = {  # script -> the flag that names what it writes
-    "demo": "--output",
+OUTPUTS = {  # script -> the flags that name what it writes
+    "demo": "--output --json --save-crops",
     "evaluate": "--output",
     "calibrate_scores": "--output",
     "export_model": "--output",
@@ -185,23 +187,23 @@ OUTPUTS = {  # script -> the flag that names what it writes
 }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_that_cannot_be(name, surroundings, capsys):
+@pytest.mark.parametrize(("name", "flag"), [(name, flag) for name in OUTPUTS for flag in OUTPUTS[name].split()])
+def test_an_output_that_cannot_be(name, flag, surroundings, capsys):
     """A path below a file, for those who write folders also a file: refused, naming the flag; the file is kept."""
     main = importlib.import_module(name.partition(" ")[0]).main
     command = [word.format(**surroundings) for word in COMMANDS[name]]
     file = Path(surroundings["root"]) / "text.txt"
-    if OUTPUTS[name] not in command:
-        command += [OUTPUTS[name], ""]
-    at = command.index(OUTPUTS[name]) + 1
+    if flag not in command:
+        command += [flag, ""]
+    at = command.index(flag) + 1
     below = {"sample_distribution": "below/x.png", "calibrate_scores": "below/x.pth", "export_model": "below/"}.get(
-        name, "below"
+        name, "below/x.json" if flag == "--json" else "below"
     )
     command[at] = str(file / below)
     if name == "prepare_wider_face":
         command[0] = surroundings["datasets"]
     status, err = outcome(main, [*name.split()[1:], *command], capsys)
-    assert status == 2 and f"{OUTPUTS[name]} " in err and "cannot be made a folder" in err, err
+    assert status == 2 and f"{flag} " in err and "cannot be made a folder" in err, err
     assert file.read_text() == "some text\n"
 
 

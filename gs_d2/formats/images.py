@@ -1,10 +1,11 @@
 """Pictures of any kind as RGB, for training, evaluation and demo alike; with Pillow and numpy only."""
 
 import errno
+import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 # What a drive, mostly of a network, answers while it cannot; of a bad file it says something else.
 _TRANSIENT = {
@@ -82,6 +83,43 @@ def as_rgb(image) -> Image.Image:
     except Exception as error:  # of a broken file Pillow's decoders raise nearly anything
         _raise_if_transient(path, error)
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def pixels_only(image: Image.Image) -> Image.Image:
+    """A copy of an RGB image without anything that a file had beside its pixels.
+
+    EXIF, XMP, maker notes, comments and colour profiles can hold a second picture, such as a thumbnail, the place and
+    the owner; Pillow keeps some of them in the files that it writes. Colours of another RGB profile, such as a phone's
+    Display P3, are converted to sRGB, since viewers expect sRGB where there is no profile. A damaged profile is passed
+    over.
+    """
+    profile = image.info.get("icc_profile")
+    return Image.fromarray(np.array(_to_srgb(image, profile) if profile else image))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != "RGB ":  # of the CMYK or grey values that these were converted from
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB")) or image
+    except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):  # ImportError: a Pillow without it
+        return image
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a picture in the format of its name's ending: :func:`pixels_only` of it, in one frame.
+
+    Args:
+        image: RGB.
+        path: in a folder that is made where missing.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: Pillow writes no such format.
+    """
+    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+    pixels_only(image).save(path, quality=92)
 
 
 def _raise_if_transient(path: str, error: Exception) -> None:

@@ -8,9 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from gs_d2.formats.images import TransientReadError, as_rgb
+from gs_d2.formats.images import TransientReadError, as_rgb, pixels_only
 
 EXIF_ORIENTATION = 0x0112
 DAMAGED_EXIF = b"Exif\0\0II*\0\x08\0\0"
@@ -174,3 +174,30 @@ def test_a_drive_that_does_not_answer_is_no_bad_picture(tmp_path, monkeypatch, w
     fail(errno.ENOENT)
     with pytest.raises(FileNotFoundError if where == "os.stat" else ValueError, match=r"x\.png"):
         as_rgb(path)
+
+
+def test_colours_of_another_profile_are_converted():
+    """A phone's pictures have a profile of their own; without it their colours would be others."""
+    image = Image.new("RGB", (8, 8), (200, 60, 60))
+    same = pixels_only(image)
+    assert np.array_equal(same, image) and same is not image
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.abs(np.asarray(pixels_only(image)).astype(int) - np.asarray(image)).max() <= 1
+    image.info["icc_profile"] = wide_profile()
+    converted = np.asarray(pixels_only(image)).astype(int)[0, 0]
+    assert converted[0] > 205 and pixels_only(image).info == {}
+    for profile in (b"damaged", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()):
+        image.info["icc_profile"] = profile
+        assert np.array_equal(pixels_only(image), image)
+
+
+def wide_profile() -> bytes:
+    """sRGB with the red primary's and the green primary's places changed, so that the same values are more red."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    for i in range(count):
+        entry = 132 + 12 * i
+        if bytes(profile[entry : entry + 4]) == b"rXYZ":
+            at = int.from_bytes(profile[entry + 4 : entry + 8], "big") + 8
+            profile[at : at + 4] = int(0.6 * 65536).to_bytes(4, "big")  # X of red, 0.436 in sRGB
+    return bytes(profile)
