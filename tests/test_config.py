@@ -20,6 +20,7 @@ import gs_d2.data
 import gs_d2.modeling  # noqa: F401
 from gs_d2.config import add_gs_config, check_config, load_config
 from gs_d2.engine import Trainer
+from gs_d2.engine.checks import leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -50,14 +51,6 @@ def quick_cfg(*opts):
 
 def own_keys(name) -> dict:
     return yaml.safe_load((CONFIGS / name).read_text())
-
-
-def leaves(tree, prefix=""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def get(cfg, key):

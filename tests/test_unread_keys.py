@@ -13,6 +13,7 @@ from runs import small_config
 from gs_d2 import unread_keys
 from gs_d2.config import add_gs_config, check_config, load_config
 from gs_d2.engine import Trainer
+from gs_d2.engine.checks import leaves
 from gs_d2.modeling import RPNDetector, SoftmaxRPNHead, description_of
 from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_DETECTORS, OF_RPN_HEADS, OF_TRAINER
 
@@ -54,14 +55,6 @@ MODELS = (
     "pipelines/centernet",
     "faces/mobilenetv2",
 )
-
-
-def leaves(tree, prefix=""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def is_refused(key):

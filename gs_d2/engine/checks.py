@@ -27,7 +27,7 @@ def check_config(cfg, training: bool = True):
         ValueError: naming every such key, its value and what to set. Detectron2 defaults that break the detector are
             allowed by MODEL.GS.KEEP_DEFAULTS.
     """
-    check_values(dict(_leaves(cfg)), training)
+    check_values(dict(leaves(cfg)), training)
     if cfg.TEST.GS.PYRAMID:
         check_pyramid(cfg)
     detector = description_of(cfg.MODEL.META_ARCHITECTURE)
@@ -41,8 +41,8 @@ def check_config(cfg, training: bool = True):
 def _check_unread(cfg, unread):
     default = get_cfg()
     add_gs_config(default)
-    default, found = dict(_leaves(default)), []
-    for key, value in _leaves(cfg):
+    default, found = dict(leaves(default)), []
+    for key, value in leaves(cfg):
         if value != default.get(key, value):
             hints = [hint for pattern, hint in unread.items() if fnmatchcase(key, pattern)]
             found += [f"  {key} {value!r}: {hint}" for hint in hints]
@@ -55,7 +55,7 @@ def _check_unread(cfg, unread):
 
 def _check_defaults(cfg, rows):
     on_coco = any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
-    values, kept = dict(_leaves(cfg)), cfg.MODEL.GS.KEEP_DEFAULTS
+    values, kept = dict(leaves(cfg)), cfg.MODEL.GS.KEEP_DEFAULTS
     for key in kept:
         if key not in values:
             raise ValueError(f"MODEL.GS.KEEP_DEFAULTS names {key!r}, which is no key of the config")
@@ -74,11 +74,11 @@ def _check_defaults(cfg, rows):
         )
 
 
-def _leaves(cfg, prefix=""):
+def leaves(cfg, prefix=""):
     """Keys and values; tuples as lists, since a YAML file may have either."""
     for name, value in cfg.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 
@@ -169,7 +169,7 @@ def check_classes(cfg, training: bool = True):
     classes_of = {name: list(MetadataCatalog.get(name).get("thing_classes", [])) for name in names}
     classes_of = {name: classes for name, classes in classes_of.items() if classes}
     key = detector.num_classes_key
-    num_classes = dict(_leaves(cfg)).get(key)
+    num_classes = dict(leaves(cfg)).get(key)
     for name, classes in classes_of.items():
         if num_classes is not None and len(classes) > num_classes:
             raise ValueError(
