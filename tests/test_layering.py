@@ -448,6 +448,17 @@ RULES = {
         cfg="anywhere",
     ),
     "visualization": Rule(files=("gs_d2/visualization.py",), may=("numpy", "PIL")),
+    "web page": Rule(  # is given gradio
+        files=("gs_d2/web_page.py",),
+        may=(
+            "numpy",
+            "PIL",
+            "gs_d2.anonymization",
+            "gs_d2.formats",
+            "gs_d2.inference.FaceDetector",
+            "gs_d2.visualization",
+        ),
+    ),
     "anonymization": Rule(files=("gs_d2/anonymization.py",), may=("numpy", "PIL", "gs_d2.formats.images")),
     # C++ and CUDA
     "csrc/math": Rule(
@@ -634,6 +645,7 @@ VIOLATIONS = [
     ("analysis", "gs_d2/analysis/x.py", "from gs_d2.engine import Trainer", "gs_d2.engine.Trainer"),
     ("generated faces", "gs_d2/data/generated_faces.py", "from detectron2.data import x", "detectron2.data.x"),
     ("visualization", "gs_d2/visualization.py", "from detectron2.data import DatasetCatalog", "DatasetCatalog"),
+    ("web page", "gs_d2/web_page.py", "import gradio", "gradio"),
     ("anonymization", "gs_d2/anonymization.py", "from gs_d2.inference import FaceDetector", "gs_d2.inference"),
     ("csrc/math", "csrc/math/x.h", "#include <torch/torch.h>", "<torch/torch.h>"),
     ("csrc/math", "csrc/math/x.h", "#  include <cuda_runtime.h>", "<cuda_runtime.h>"),
