@@ -94,7 +94,7 @@ def test_every_package_that_is_imported_is_required_or_an_extra(sdist):
                 imported.add(node.module.split(".")[0])
     imported -= sys.stdlib_module_names | {"gs_d2", "detectron2"}  # why not Detectron2: setup.py
     assert {"torch", "scipy", "timm", "safetensors"} <= imported
-    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    names = {"PIL": "pillow", "cv2": "opencv-python", "yaml": "pyyaml"}
     requirements = email.message_from_string((sdist / "PKG-INFO").read_text()).get_all("Requires-Dist")
     required = {re.match(r"[\w-]+", line)[0] for line in requirements}
     assert {names.get(name, name) for name in imported} <= required

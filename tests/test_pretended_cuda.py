@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import build_model, poolers
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -127,8 +127,16 @@ def pad_and_stack(tensors, size_divisibility=0, pad_value=0.0, **_):
     return ImageList(batch, [(height, width)] * len(tensors))
 
 
+def boxes_with_image_indices(box_lists):
+    """What Detectron2's pooler gives to RoIAlign; that of the official main branch waits for the device itself, in
+    torch.repeat_interleave, which pretended tensors cannot."""
+    rows = [torch.cat([x.tensor.new_full((len(x), 1), i), x.tensor], dim=1) for i, x in enumerate(box_lists)]
+    return torch.cat(rows)
+
+
 @pytest.fixture
 def stand_ins(monkeypatch):
+    monkeypatch.setattr(poolers, "convert_boxes_to_pooler_format", boxes_with_image_indices)
     monkeypatch.setattr(ImageList, "from_tensors", staticmethod(pad_and_stack))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     for name in ("normal_", "uniform_"):  # weights have no values here, so none are drawn
