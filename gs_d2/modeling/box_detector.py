@@ -27,7 +27,8 @@ class BoxDetector(nn.Module):
 
     Testing in several views of an image (:class:`gs_d2.inference.PyramidDetector`) uses `predict_candidates`,
     `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so (and
-    with `nms_thresh`, TEST.GS.BOX_VOTING too; with `by_scale` and `split_by_scale`, the detections of each scale).
+    with `nms_thresh`, TEST.GS.BOX_VOTING too; with `by_scale` and `split_by_scale`, the detections of each scale; with
+    `max_candidates`, a limit in tiles other than MODEL.RPN.PRE_NMS_TOPK_TEST).
 
     Attributes:
         class_agnostic (bool), num_classes_key: True and None, see
