@@ -48,6 +48,7 @@ class BoxDetector(nn.Module):
         nms_thresh: float = 0.5,
         channels_last: bool = False,
         autocast_dtype: str = "",
+        compile_network: bool = False,
     ):
         """
         Args:
@@ -56,6 +57,7 @@ class BoxDetector(nn.Module):
             nms_thresh: IoU above which the lower-scored detection is dropped.
             channels_last: memory order of feature maps and convolutions.
             autocast_dtype: "bfloat16" or "float16", in which convolutions then run; "" leaves it to the caller.
+            compile_network: torch.compile the backbone and what else a detector gives to :meth:`_prepare`.
         """
         super().__init__()
         if autocast_dtype not in ("", "bfloat16", "float16"):
@@ -67,7 +69,15 @@ class BoxDetector(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.autocast_dtype = getattr(torch, autocast_dtype) if autocast_dtype else None
-        backbone.to(memory_format=self.memory_format)
+        self.compile_network = compile_network
+        self._prepare(backbone)
+
+    def _prepare(self, network: nn.Module) -> nn.Module:
+        """A part of convolutions, in this detector's memory order and, if wanted, compiled; its names stay."""
+        network.to(memory_format=self.memory_format)
+        if self.compile_network:
+            network.compile(dynamic=True)
+        return network
 
     @classmethod
     def from_config(cls, cfg):
@@ -80,6 +90,7 @@ class BoxDetector(nn.Module):
             "nms_thresh": settings.nms_thresh,
             "channels_last": cfg.MODEL.GS.CHANNELS_LAST,
             "autocast_dtype": cfg.MODEL.GS.AUTOCAST_DTYPE,
+            "compile_network": cfg.MODEL.GS.COMPILE,
         }
 
     @classmethod

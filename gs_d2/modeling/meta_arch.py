@@ -76,6 +76,8 @@ class RPNDetector(BoxDetector):
         _check_part(type(self), "PROPOSAL_GENERATOR.NAME", proposal_generator, "predict_candidates")
         super().__init__(**detector)
         self.proposal_generator = proposal_generator.to(memory_format=self.memory_format)
+        if hasattr(proposal_generator, "rpn_head"):  # somebody else's may have none
+            self._prepare(proposal_generator.rpn_head)
         self.by_scale = False
 
     @classmethod

@@ -68,7 +68,7 @@ class GroupSamplingRetinaNet(BoxDetector):
         """
         super().__init__(**detector)
         self.in_features = in_features
-        self.head = head.to(memory_format=self.memory_format)
+        self.head = self._prepare(head)
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
         self.group_loss = group_loss

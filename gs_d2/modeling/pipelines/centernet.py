@@ -298,7 +298,7 @@ class CenterNet(BoxDetector):
                 "CENTERNET.LOSS_WEIGHTS must be three numbers not below 0, of heat map, size and offset, got "
                 f"{list(loss_weights)}"
             )
-        self.head = head.to(memory_format=self.memory_format)
+        self.head = self._prepare(head)
         self.in_feature = in_feature
         self.stride = self.backbone.output_shape()[in_feature].stride
         self.min_overlap = min_overlap
