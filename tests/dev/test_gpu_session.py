@@ -75,7 +75,7 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path):
     slow = command_of(tmp_path, "sleep 20")
     command = ["bash", str(short), "--output", str(output), "--rehearse", "--only", "faces"]
     result = subprocess.run(command, env={**os.environ, "PYTHON": str(slow)}, capture_output=True, text=True)
-    assert result.returncode == 1 and summary(output) == {"faces": "FAILED: over 1 s"}
+    assert result.returncode == 1 and summary(output) == {"faces": "FAILED: over 3 s"}
 
 
 @pytest.mark.parametrize(
