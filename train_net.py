@@ -24,6 +24,7 @@ from gs_d2.data import check_data_sets
 from gs_d2.engine import Trainer, launch
 from gs_d2.engine.checks import check_classes, check_config, check_training
 from gs_d2.engine.value_checks import check_device
+from gs_d2.modeling import fuse
 
 
 @bad_input_ends(one_line=False)
@@ -64,7 +65,7 @@ def built(cfg, args):
         model = Trainer.build_model(cfg)
         checkpointer = Trainer.build_checkpointer(model, cfg.OUTPUT_DIR, allow_pickle=args.allow_pickle, strict=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return model
+        return fuse(model)
     trainer = Trainer(cfg)
     trainer.checkpointer.allow_pickle = args.allow_pickle
     trainer.resume_or_load(resume=args.resume)

@@ -5,10 +5,13 @@ Both have a ResNet-50 of random weights, the four square anchor scales 16..128 o
 800 with 100 faces; at test 50,000 boxes go into an NMS at 0.5, of which 2,000 are kept. Detectron2's is its
 ProposalNetwork with FPN, whose label step takes as many samples in all (8,192). Ours is timed in float32 without and
 with channels-last convolutions (MODEL.GS.CHANNELS_LAST), and with those in bfloat16 (MODEL.GS.AUTOCAST_DTYPE). A
-training step is forward, backward and SGD's update; Detectron2's also makes proposals then, as it always does. A second
-table gives the parts. CPU time is that of all threads, which other work on the machine changes less.
+training step is forward, backward and SGD's update; Detectron2's also makes proposals then, as it always does. At test
+our BatchNorm is folded, as `--eval-only` and FaceDetector do it (gs_d2.modeling.fuse). `--compile` adds
+MODEL.GS.COMPILE, and Detectron2's network under torch.compile, each compiled before it is timed. A second table gives
+the parts of what is not compiled. CPU time is that of all threads, which other work on the machine changes less.
 """
 
+import copy
 import functools
 import statistics
 import time
@@ -36,6 +39,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from gs_d2.config import load_config
+from gs_d2.modeling import fuse
 
 CONFIG = CONFIGS / "wider" / "fpn_finest_sampling.yaml"
 STOCK = "Detectron2"
@@ -44,6 +48,8 @@ OURS = {
     "gs_d2, channels-last": ["MODEL.GS.CHANNELS_LAST", True],
     "gs_d2, channels-last, bfloat16": ["MODEL.GS.CHANNELS_LAST", True, "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"],
 }
+COMPILED = "gs_d2, channels-last, compiled"
+COMPILED_STOCK = "Detectron2, compiled"
 QUICK = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 PART_COLUMNS = ("backbone", "head", "labelling", "losses", "backward", "optimizer", "proposals", "other")
 
@@ -51,16 +57,17 @@ PART_COLUMNS = ("backbone", "head", "labelling", "losses", "backward", "optimize
 def main(argv: list[str] | None = None):
     parser = benchmark_parser(__doc__, quick="a ResNet-18 on a small image, once, to see that it runs")
     parser.add_argument("--repeats", type=int, default=5, help="of each entry, after one call that is not timed")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile as well; compiling takes minutes")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if not args.quick:
         use_all_cores(device)
     size, num_faces, repeats = ((128, 128), 10, 1) if args.quick else ((800, 800), 100, args.repeats)
 
-    calls, parts = entries(args.device, random_input(size, num_faces), QUICK if args.quick else [])
+    calls, parts = entries(args.device, random_input(size, num_faces), QUICK if args.quick else [], args.compile)
     with EventStorage():
         results = measure(calls, device, repeats)
-        shares = {name: measure_parts(calls[name], parts[name], device, repeats) for name in calls}
+        shares = {name: measure_parts(calls[name], parts[name], device, repeats) for name in parts}
     record = record_of(device, argv, size=size, num_faces=num_faces, entries=results, parts_ms=shares)
     write_record(args.output, "detector", record, tables_of(record))
 
@@ -68,17 +75,29 @@ def main(argv: list[str] | None = None):
 # What is timed. An entry is "<what>: <who>"; ratios are within a what, against Detectron2's.
 
 
-def entries(device, inputs, opts):
+def entries(device, inputs, opts, compiled):
     """By name the calls, each of which takes a Stopwatch, and the methods that their parts are."""
     calls, parts = {}, {}
     configs = {STOCK: stock_config()} | {who: load_config(CONFIG, settings) for who, settings in OURS.items()}
+    if compiled:
+        settings = ["MODEL.GS.CHANNELS_LAST", True, "MODEL.GS.COMPILE", True]
+        configs |= {COMPILED_STOCK: stock_config(), COMPILED: load_config(CONFIG, settings)}
     for who, cfg in configs.items():
         cfg.merge_from_list(["MODEL.DEVICE", device, *opts])
         cfg.SOLVER.BASE_LR = LEARNING_RATE
+        is_stock = who in (STOCK, COMPILED_STOCK)
         model = random_model(cfg)
-        calls[f"training step: {who}"] = functools.partial(train, model, build_optimizer(cfg, model), inputs)
-        calls[f"inference: {who}"] = functools.partial(infer, model, inputs)
-        parts |= dict.fromkeys(list(calls)[-2:], (stock_parts_of if who == STOCK else parts_of)(model))
+        tested = model if is_stock else fuse(copy.deepcopy(model))
+        for part in (model.backbone, model.proposal_generator.rpn_head) if who == COMPILED_STOCK else ():
+            part.compile(dynamic=True)
+        for part in (tested.backbone, tested.proposal_generator.rpn_head) if who == COMPILED else ():
+            part.compile(dynamic=True)  # a copy is not compiled
+        train_name, test_name = f"training step: {who}", f"inference: {who}"
+        calls[train_name] = functools.partial(train, model, build_optimizer(cfg, model), inputs)
+        calls[test_name] = functools.partial(infer, tested, inputs)
+        if who not in (COMPILED, COMPILED_STOCK):
+            of = stock_parts_of if is_stock else parts_of
+            parts |= {train_name: of(model), test_name: of(tested)}
     return calls, parts
 
 
@@ -164,7 +183,8 @@ def tables_of(record):
         milliseconds = [f"{entry[key]:.0f}" for key in ("median_ms", "min_ms", "max_ms", "cpu_ms")]
         ratios = [f"{stock[key] / entry[key]:.2f}x" if who != STOCK else "" for key in ("median_ms", "cpu_ms")]
         times.append([what, who, *milliseconds, *ratios])
-        parts.append([what, who, *(f"{record['parts_ms'][name][part]:.1f}" for part in PART_COLUMNS)])
+        if name in record["parts_ms"]:
+            parts.append([what, who, *(f"{record['parts_ms'][name][part]:.1f}" for part in PART_COLUMNS)])
     return (
         table(times, ["what", "who", "median ms", "min", "max", "CPU ms", "faster by", "by CPU time"])
         + '\n\nParts in ms ("labelling" is anchors, matching and sampling):\n\n'

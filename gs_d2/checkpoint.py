@@ -161,7 +161,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         """The checkpoint to resume from: the one that `last_checkpoint` names, and where that is not whole, the one of
-        the most iterations that is, with a warning. "" if there is neither a `last_checkpoint` nor a checkpoint.
+        most images seen that is, with a warning. "" if there is neither a `last_checkpoint` nor a checkpoint.
 
         Raises:
             ValueError: `last_checkpoint` is there but no checkpoint can be read.
@@ -178,12 +178,12 @@ class Checkpointer(DetectionCheckpointer):
                     return path
             else:
                 problem = f"{tag} holds no name of a file of this folder: {name[:80]!r}"
-        best, best_iteration = "", -2
+        best, furthest = "", (-2, -2)
         for path in self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []:
             if os.path.basename(path) != name and self._why_not(path) is None:
-                iteration = _iteration(path, self.allow_pickle)
-                if iteration > best_iteration:
-                    best, best_iteration = path, iteration
+                progress = _progress(path, self.allow_pickle)
+                if progress > furthest:
+                    best, furthest = path, progress
         if best:
             _logger.warning(f"{problem}. Resuming from {best}, the last checkpoint that is whole")
         elif name is not None:
@@ -268,9 +268,15 @@ def fetch_weights(path: str, path_manager=PathManager) -> None:
         ) from error
 
 
-def _iteration(path, allow_pickle) -> int:
-    value = read_weights(path, allow_pickle=allow_pickle, mmap=True).get("iteration", -1)
-    return value if isinstance(value, int) else -1
+def _progress(path, allow_pickle) -> tuple[int, int]:
+    """(images seen, iteration) of a checkpoint, -1 where it does not say: iterations of another number of processes
+    are of other batches."""
+    checkpoint = read_weights(path, allow_pickle=allow_pickle, mmap=True)
+    trainer = checkpoint.get("trainer")
+    run = trainer.get("run") if isinstance(trainer, dict) else None
+    images = run.get("images_seen", -1) if isinstance(run, dict) else -1
+    iteration = checkpoint.get("iteration", -1)
+    return tuple(x if isinstance(x, int) else -1 for x in (images, iteration))
 
 
 def _plain(value, where):

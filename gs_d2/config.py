@@ -79,6 +79,9 @@ def add_gs_config(cfg):
     # NMS stay in float32. "" = float32. To train in float16 use SOLVER.AMP.ENABLED instead, which scales the loss. What
     # either of the two brings on a CPU: docs/measurements.md.
     cfg.MODEL.GS.AUTOCAST_DTYPE = ""
+    # torch.compile for the backbone and the RPN's, RetinaNet's or CenterNet's head, with open sizes: the same result up
+    # to rounding. It needs a C++ compiler, and the first images take minutes. docs/measurements.md has what it brings.
+    cfg.MODEL.GS.COMPILE = False
     # Keys whose Detectron2 default is kept on purpose, though it breaks the method for faces: check_config then allows
     # it. For N = 256 this is ["MODEL.RPN.BATCH_SIZE_PER_IMAGE"].
     cfg.MODEL.GS.KEEP_DEFAULTS = []

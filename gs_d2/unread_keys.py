@@ -22,8 +22,8 @@ OF_TRAINER = {
 OF_DETECTORS = {
     "MODEL.PANOPTIC_FPN.*": _BOXES_ONLY,
     "MODEL.SEM_SEG_HEAD.*": _BOXES_ONLY,
+    "VIS_PERIOD": "training draws no pictures; use tools/visualize_data.py",
 }
-OF_RPN_DETECTORS = {**OF_DETECTORS, "VIS_PERIOD": "training draws no pictures; use tools/visualize_data.py"}
 
 OF_RPN = {
     "MODEL.ANCHOR_GENERATOR.ANGLES": "boxes are not rotated",

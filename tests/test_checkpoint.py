@@ -355,6 +355,22 @@ def test_a_crash_between_checkpoint_and_tag(tmp_path):
     assert resumed(tmp_path) == (1.0, 1, True)
 
 
+def test_the_furthest_is_that_of_the_most_images(tmp_path):
+    """Iterations of two processes and of one are not alike; a checkpoint that does not say comes last."""
+
+    class Trainer(Progress):
+        def __init__(self, iteration, images_seen):
+            super().__init__(iteration)
+            self.state["run"] = {"images_seen": images_seen}
+
+    for iteration, images in ((30, 120), (50, 100)):  # batches of 4, then of 2
+        trainer = Trainer(iteration, images)
+        Checkpointer(net(iteration), str(tmp_path), trainer=trainer).save(f"model_{iteration}", iteration=iteration)
+    saved(tmp_path, "old", 70)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resumed(tmp_path) == (30.0, 30, True)
+
+
 def test_nothing_that_is_whole(tmp_path):
     cut(saved(tmp_path, "model_1", 1))
     with pytest.raises(ValueError, match=r"cannot resume: .*model_1\.pth.*remove last_checkpoint there to start over"):

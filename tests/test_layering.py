@@ -933,4 +933,4 @@ def test_what_a_test_uses_of_a_script_is_found(source, used):
 
 def test_the_scripts_stay_small():
     lines = {path: text_of(path).count("\n") for path in script_files()}
-    assert sum(lines[path] for path in lines if path.startswith(("benchmarks/", "dev/", "tools/"))) <= 2600
+    assert sum(lines[path] for path in lines if path.startswith(("benchmarks/", "dev/", "tools/"))) <= 2650

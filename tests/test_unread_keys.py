@@ -15,7 +15,7 @@ from gs_d2.config import add_gs_config, check_config, load_config
 from gs_d2.engine import Trainer
 from gs_d2.engine.checks import leaves
 from gs_d2.modeling import RPNDetector, SoftmaxRPNHead, description_of
-from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_DETECTORS, OF_RPN_HEADS, OF_TRAINER
+from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_HEADS, OF_TRAINER
 
 # What main's defaults have beyond those of 0.5 (detectron2/config/defaults.py).
 READ_BY_MAIN = {
@@ -36,15 +36,14 @@ READ_ELSEWHERE = {
     "GLOBAL.HACK",  # Detectron2 has it for code of one's own
     "TEST.PRECISE_BN.NUM_ITER",  # where PRECISE_BN.ENABLED is True
     "VERSION",  # of the config
-    "VIS_PERIOD",  # by main's RetinaNet
+    "VIS_PERIOD",  # by Detectron2's RetinaNet
 }
 READ_AND_REFUSED = {
     "MODEL.KEYPOINT_ON",  # by our ROI heads, which refuse it as well
     "MODEL.LOAD_PROPOSALS",  # by Detectron2's test loader, for models that take proposals
     "MODEL.MASK_ON",
-    "VIS_PERIOD",  # by main's RetinaNet, not by RPNDetector
 }
-TABLES = {**OF_TRAINER, **OF_DETECTORS, **OF_RPN_DETECTORS, **OF_RPN, **OF_RPN_HEADS, **OF_ROI_HEADS}
+TABLES = {**OF_TRAINER, **OF_DETECTORS, **OF_RPN, **OF_RPN_HEADS, **OF_ROI_HEADS}
 MODELS = (
     "wider_gs",
     "coco/retinanet_sampling_wrs",
@@ -147,7 +146,6 @@ def test_all_are_named_at_once_with_what_to_use():
     with pytest.raises(ValueError) as error:
         check_config(cfg)
     assert "use MODEL.RETINANET.SCORE_THRESH_TEST" in str(error.value) and "use TEST.GS.PYRAMID" in str(error.value)
-    assert "MODEL.GS.CHANNELS_LAST True" in str(error.value)
     for name in (RPN, TWO_STAGE):
         with pytest.raises(ValueError, match=r"SCORE_THRESH_TEST 0\.2: use TEST\.GS\.SCORE_THRESH"):
             check_config(load_config(f"configs/{name}.yaml", ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.2]))

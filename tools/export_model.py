@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.MODEL.GS.AUTOCAST_DTYPE:
         print(f"MODEL.GS.AUTOCAST_DTYPE {cfg.MODEL.GS.AUTOCAST_DTYPE} is left out: the graph computes in float32")
         cfg.MODEL.GS.AUTOCAST_DTYPE = ""
+    cfg.MODEL.GS.COMPILE = False  # a graph is recorded from the modules themselves
     detector = FaceDetector(cfg, device="cpu", confidence_threshold=cfg.TEST.GS.SCORE_THRESH)
     graph = ExportableDetector(detector.model, with_nms=args.nms == "inside")
     write(graph, path, args.format, DTYPES[args.input_dtype], settings(detector, args.nms))

@@ -23,6 +23,7 @@ class RunSettings:
         ims_per_batch, max_iter, base_lr: of SOLVER, scaled to the processes.
         accumulation_steps, weight_decay: SOLVER.GS.ACCUMULATION_STEPS, SOLVER.WEIGHT_DECAY.
         seed: SEED, or the one chosen in its place.
+        optimizer: SOLVER.GS.OPTIMIZER; "" in checkpoints that do not say.
     """
 
     world_size: int
@@ -33,6 +34,7 @@ class RunSettings:
     base_lr: float
     weight_decay: float
     seed: int
+    optimizer: str = ""
 
     @classmethod
     def of(cls, cfg, reference_world_size: int) -> "RunSettings":
@@ -51,6 +53,7 @@ class RunSettings:
             base_lr=solver.BASE_LR,
             weight_decay=solver.WEIGHT_DECAY,
             seed=cfg.SEED,
+            optimizer=solver.GS.OPTIMIZER,
         )
 
     @property
@@ -200,9 +203,23 @@ def _warn_of_decay(cfg, before: float, now: float, done: int):
         )
 
 
-def state_of(settings: RunSettings) -> dict:
-    """For a checkpoint."""
-    return asdict(settings)
+def check_optimizer(before: RunSettings, now: RunSettings):
+    """
+    Raises:
+        ValueError: the checkpoint holds the state of another optimizer.
+    """
+    if before.optimizer and before.optimizer != now.optimizer:
+        raise ValueError(
+            f"--resume: the checkpoint has the state of SOLVER.GS.OPTIMIZER {before.optimizer}, and this run has "
+            f"{now.optimizer}: set it to {before.optimizer}, or begin with the weights alone: MODEL.WEIGHTS "
+            "path/to/checkpoint.pth without --resume"
+        )
+
+
+def state_of(settings: RunSettings, done: int) -> dict:
+    """For a checkpoint after `done` iterations. `images_seen` tells :class:`gs_d2.checkpoint.Checkpointer` which of
+    several checkpoints is the furthest: their iterations may be of different batches."""
+    return {**asdict(settings), "images_seen": done * settings.images_per_step}
 
 
 def settings_of(state: dict | None) -> RunSettings | None:
@@ -213,4 +230,4 @@ def settings_of(state: dict | None) -> RunSettings | None:
             "that): resume it with the same"
         )
         return None
-    return RunSettings(**state)
+    return RunSettings(**{key: value for key, value in state.items() if key != "images_seen"})

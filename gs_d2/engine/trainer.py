@@ -24,6 +24,7 @@ from gs_d2.engine.left_out import LeftOutHook
 from gs_d2.engine.optimizer import build_optimizer
 from gs_d2.engine.resuming import (
     RunSettings,
+    check_optimizer,
     iterations_done,
     report_changes,
     resume_rate,
@@ -257,16 +258,18 @@ class Trainer(DefaultTrainer):
         return {
             **super().state_dict(),
             "_trainer": self._trainer.state_dict(),
-            "run": state_of(self._run_settings),
+            "run": state_of(self._run_settings, self.iter + 1),
         }
 
     def load_state_dict(self, state_dict):
         """
         Raises:
-            ValueError: the checkpoint's run had another batch, and it cannot be converted to this run's
-                (:func:`gs_d2.engine.resuming.iterations_done`).
+            ValueError: the checkpoint's run had another optimizer; or another batch, and it cannot be converted to this
+                run's (:func:`gs_d2.engine.resuming.iterations_done`).
         """
         before = settings_of(state_dict.get("run"))
+        if before is not None:
+            check_optimizer(before, self._run_settings)
         if before is not None and self._seed_is_random:
             self._take_seed(before.seed)
         done = state_dict["iteration"] + 1

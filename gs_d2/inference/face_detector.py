@@ -15,7 +15,7 @@ from gs_d2.checkpoint import Checkpointer
 from gs_d2.config import load_config
 from gs_d2.formats.images import as_rgb
 from gs_d2.inference.pyramid import PyramidDetector
-from gs_d2.modeling import description_of
+from gs_d2.modeling import description_of, fuse
 
 
 class FaceDetector:
@@ -74,6 +74,7 @@ class FaceDetector:
         self.cfg = cfg
         model = build_model(cfg).eval()
         Checkpointer(model, allow_pickle=allow_pickle, strict=True).load(weights)
+        fuse(model)
         self.model = PyramidDetector(cfg, model) if cfg.TEST.GS.PYRAMID else model
         self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 

@@ -142,7 +142,7 @@ class PyramidDetector(nn.Module):
             "scales": list(gs.SCALES),
             "max_size": gs.MAX_SIZE,
             "flip": gs.FLIP,
-            "topk_per_level": cfg.MODEL.RPN.PRE_NMS_TOPK_TEST,
+            "topk_per_level": getattr(detector, "max_candidates", cfg.MODEL.RPN.PRE_NMS_TOPK_TEST),
             "voting_thresh": detector.nms_thresh if gs.BOX_VOTING else None,
             "level_box_size": list(gs.LEVEL_BOX_SIZE) or None,
         }
@@ -197,7 +197,7 @@ class PyramidDetector(nn.Module):
                 yield group[start : start + length]
 
     def _map_back(self, candidates: Instances, view: View, size: tuple[int, int]) -> Instances:
-        """Maps boxes from the view to the result. Drops boxes that are empty or outside of TEST.GS.LEVEL_BOX_SIZE."""
+        """Maps boxes from the view to the result. Drops boxes outside of TEST.GS.LEVEL_BOX_SIZE."""
         level = view.level
         if self.level_box_size is not None:
             low, high = self.level_box_size
@@ -214,9 +214,7 @@ class PyramidDetector(nn.Module):
             boxes = torch.stack([level.width - boxes[:, 2], boxes[:, 1], level.width - boxes[:, 0], boxes[:, 3]], dim=1)
         boxes = Boxes(boxes.clone())
         boxes.scale(size[1] / level.width, size[0] / level.height)
-        boxes.clip(size)
-        candidates = Instances(size, pred_boxes=boxes, **fields)
-        return candidates[boxes.nonempty()]
+        return Instances(size, pred_boxes=boxes, **fields)
 
     def _result(self, candidates: Instances) -> dict[str, Instances]:
         result = {"instances": self._merge(candidates)}
@@ -235,7 +233,9 @@ class PyramidDetector(nn.Module):
                 self.voting_thresh,
             )
             detections.pred_boxes = Boxes(voted.to(self.model.device))
-        return detections
+        # Not before NMS, as no detector clips there that does not clip its candidates.
+        detections.pred_boxes.clip(detections.image_size)
+        return detections[detections.pred_boxes.nonempty()]
 
 
 @contextlib.contextmanager

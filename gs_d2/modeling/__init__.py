@@ -5,6 +5,7 @@ from gs_d2 import compat  # noqa: F401  isort: skip
 from gs_d2.modeling import generalized_rcnn, pipelines  # noqa: F401  (describes Detectron2's; registers Tables 6's and 10's)
 from gs_d2.modeling.anchors import ScaleStrideAnchorGenerator
 from gs_d2.modeling.backbone import TopDown, build_resnet_topdown_backbone, build_resnet_topdown_p6_backbone
+from gs_d2.modeling.bn_folding import fuse
 from gs_d2.modeling.box_detector import BoxDetector
 from gs_d2.modeling.description import BreakingDefault, DetectionSettings, description_of
 from gs_d2.modeling.group_loss import GroupLoss
@@ -39,5 +40,6 @@ __all__ = [
     "build_resnet_topdown_p6_backbone",
     "build_timm_topdown_backbone",
     "description_of",
+    "fuse",
     "group_by_scale",
 ]

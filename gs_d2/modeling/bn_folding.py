@@ -2,12 +2,16 @@
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
+from detectron2.layers import BatchNorm2d, Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 _NORMS = nn.modules.batchnorm._BatchNorm
+# Of Detectron2's get_norm, those that in eval mode are a factor and a summand for each channel, and nothing else.
+_FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d, NaiveSyncBatchNorm, FrozenBatchNorm2d)
 
 
 class Trace:
@@ -78,7 +82,14 @@ def fold(net: nn.Module, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]]):
     after = {}
     for conv, norm in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+            transpose=isinstance(conv, nn.ConvTranspose2d),
         )
         children = OrderedDict(norm.named_children())
         after[norm] = nn.Sequential(children) if children else nn.Identity()
@@ -86,3 +97,38 @@ def fold(net: nn.Module, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]]):
         for name, child in list(parent._modules.items()):  # named_children leaves out a module's second name
             if child in after:
                 setattr(parent, name, after[child])
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Prepares a model that will only be tested: folds BatchNorm into convolutions, in place, wherever it can.
+
+    That is the norm of Detectron2's Conv2d (ResNet, FPN, :class:`TopDown`), and a BatchNorm that follows a convolution
+    in an ``nn.Sequential``. GroupNorm stays, and so does a layer that several modules share. The model computes what it
+    did in eval mode, up to rounding.
+
+    Call it after the weights are loaded: the names of the folded layers are no longer those of checkpoints, and the
+    model cannot be trained on. That is why no detector does it by itself.
+
+    Returns:
+        `model`, in eval mode.
+    """
+    model.eval()
+    modules = list(model.modules())
+    places = Counter(child for module in modules for child in module._modules.values() if child is not None)
+    pairs = [(module, module.norm) for module in modules if type(module) is Conv2d and module.norm is not None]
+    for module in modules:
+        if type(module) is nn.Sequential:
+            pairs += [(conv, norm) for conv, norm in pairwise(module) if _is_plain(conv)]
+    fold(model, [(x, y) for x, y in pairs if places[x] == places[y] == 1 and _is_fixed(y)])
+    return model
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is a convolution and nothing else."""
+    if type(layer) is Conv2d:
+        return layer.norm is None and layer.activation is None
+    return type(layer) is nn.Conv2d or (type(layer) is nn.ConvTranspose2d and layer.groups == 1)
+
+
+def _is_fixed(norm: nn.Module) -> bool:
+    return type(norm) in _FIXED_NORMS and norm.running_mean is not None

@@ -27,7 +27,8 @@ class BoxDetector(nn.Module):
 
     Testing in several views of an image (:class:`gs_d2.inference.PyramidDetector`) uses `predict_candidates`,
     `select_detections`, `size_divisibility` and `tile_geometry`; any detector that has these four can be tested so (and
-    with `nms_thresh`, TEST.GS.BOX_VOTING too; with `by_scale` and `split_by_scale`, the detections of each scale).
+    with `nms_thresh`, TEST.GS.BOX_VOTING too; with `by_scale` and `split_by_scale`, the detections of each scale; with
+    `max_candidates`, a limit in tiles other than MODEL.RPN.PRE_NMS_TOPK_TEST).
 
     Attributes:
         class_agnostic (bool), num_classes_key: True and None, see
@@ -47,6 +48,7 @@ class BoxDetector(nn.Module):
         nms_thresh: float = 0.5,
         channels_last: bool = False,
         autocast_dtype: str = "",
+        compile_network: bool = False,
     ):
         """
         Args:
@@ -55,6 +57,7 @@ class BoxDetector(nn.Module):
             nms_thresh: IoU above which the lower-scored detection is dropped.
             channels_last: memory order of feature maps and convolutions.
             autocast_dtype: "bfloat16" or "float16", in which convolutions then run; "" leaves it to the caller.
+            compile_network: torch.compile the backbone and what else a detector gives to :meth:`_prepare`.
         """
         super().__init__()
         if autocast_dtype not in ("", "bfloat16", "float16"):
@@ -66,7 +69,15 @@ class BoxDetector(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.autocast_dtype = getattr(torch, autocast_dtype) if autocast_dtype else None
-        backbone.to(memory_format=self.memory_format)
+        self.compile_network = compile_network
+        self._prepare(backbone)
+
+    def _prepare(self, network: nn.Module) -> nn.Module:
+        """A part of convolutions, in this detector's memory order and, if wanted, compiled; its names stay."""
+        network.to(memory_format=self.memory_format)
+        if self.compile_network:
+            network.compile(dynamic=True)
+        return network
 
     @classmethod
     def from_config(cls, cfg):
@@ -79,6 +90,7 @@ class BoxDetector(nn.Module):
             "nms_thresh": settings.nms_thresh,
             "channels_last": cfg.MODEL.GS.CHANNELS_LAST,
             "autocast_dtype": cfg.MODEL.GS.AUTOCAST_DTYPE,
+            "compile_network": cfg.MODEL.GS.COMPILE,
         }
 
     @classmethod

@@ -80,7 +80,7 @@ def top_boxes(
     x, y = boxes[:, 0::2].clamp(min=0, max=width), boxes[:, 1::2].clamp(min=0, max=height)
     boxes = torch.stack((x, y), dim=2).flatten(1)
     large = (boxes[:, 2:] - boxes[:, :2] > min_size).all(dim=1)
-    keep = torch.nonzero(finite & large & (scores >= _logit(score_thresh)))[:, 0]
+    keep = torch.nonzero(finite & large & (scores >= logit(score_thresh)))[:, 0]
     return boxes[keep], scores[keep], rows[keep]
 
 
@@ -89,7 +89,8 @@ def _at_most(count, limit: int):
     return count.clamp(max=limit) if isinstance(count, Tensor) else torch.sym_min(count, limit)
 
 
-def _logit(probability: float) -> float:
+def logit(probability: float) -> float:
+    """What the sigmoid makes a probability of; infinite at 0 and 1, and beyond them."""
     if not 0 < probability < 1:
         return math.inf if probability >= 1 else -math.inf
     return math.log(probability) - math.log1p(-probability)

@@ -4,7 +4,7 @@ from detectron2.modeling import GeneralizedRCNN
 
 from gs_d2.modeling.description import describes
 from gs_d2.modeling.meta_arch import GroupedFastRCNN, has_grouped_heads
-from gs_d2.unread_keys import OF_RPN_DETECTORS
+from gs_d2.unread_keys import OF_DETECTORS
 
 
 @describes(GeneralizedRCNN)
@@ -20,7 +20,7 @@ class GeneralizedRCNNWithOurParts:
 
     @classmethod
     def unread_keys(cls, cfg):
-        return {key: hint for key, hint in GroupedFastRCNN.unread_keys(cfg).items() if key not in OF_RPN_DETECTORS}
+        return {key: hint for key, hint in GroupedFastRCNN.unread_keys(cfg).items() if key not in OF_DETECTORS}
 
     num_classes_key = GroupedFastRCNN.num_classes_key
     breaking_defaults = GroupedFastRCNN.breaking_defaults

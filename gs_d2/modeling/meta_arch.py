@@ -24,7 +24,7 @@ from gs_d2.modeling.description import (
     DetectionSettings,
 )
 from gs_d2.modeling.roi_heads import GroupedHeads
-from gs_d2.unread_keys import OF_ROI_HEADS, OF_RPN_DETECTORS
+from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS
 
 _OF_FIRST_STAGE = [
     *DETECTION_LIMITS,
@@ -76,6 +76,8 @@ class RPNDetector(BoxDetector):
         _check_part(type(self), "PROPOSAL_GENERATOR.NAME", proposal_generator, "predict_candidates")
         super().__init__(**detector)
         self.proposal_generator = proposal_generator.to(memory_format=self.memory_format)
+        if hasattr(proposal_generator, "rpn_head"):  # somebody else's may have none
+            self._prepare(proposal_generator.rpn_head)
         self.by_scale = False
 
     @classmethod
@@ -91,7 +93,7 @@ class RPNDetector(BoxDetector):
     @classmethod
     def unread_keys(cls, cfg):
         return {
-            **OF_RPN_DETECTORS,
+            **OF_DETECTORS,
             **OF_ROI_HEADS,
             **_unread_by(PROPOSAL_GENERATOR_REGISTRY, cfg.MODEL.PROPOSAL_GENERATOR.NAME),
             **_unread_by(RPN_HEAD_REGISTRY, cfg.MODEL.RPN.HEAD_NAME),

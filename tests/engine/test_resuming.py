@@ -177,6 +177,21 @@ def test_a_lower_rate_and_weight_decay_count(drawn_datasets, tmp_path, warnings,
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.002}
 
 
+@pytest.mark.parametrize(("before", "now"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_another_optimizer_is_refused_with_both(drawn_datasets, tmp_path, before, now):
+    trainer_of(drawn_datasets, tmp_path, "SOLVER.GS.OPTIMIZER", before).train()
+    (tmp_path / "last_checkpoint").write_text("model_0000000.pth")
+    with pytest.raises(
+        ValueError, match=f"of SOLVER.GS.OPTIMIZER {before}, and this run has {now}: set it to {before}"
+    ):
+        trainer_of(drawn_datasets, tmp_path, "SOLVER.GS.OPTIMIZER", now, resume=True)
+
+
+def test_checkpoints_say_how_many_images_were_seen(halfway):
+    run = torch.load(halfway, weights_only=True)["trainer"]["run"]
+    assert run["images_seen"] == run["ims_per_batch"] * run["accumulation_steps"] > 0
+
+
 def test_nothing_changed_is_nothing_said(drawn_datasets, halfway, tmp_path, warnings):
     resumed(drawn_datasets, halfway, tmp_path)
     assert warnings == []

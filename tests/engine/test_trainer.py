@@ -41,10 +41,6 @@ from gs_d2.inference import PyramidDetector
         ),
         (("MODEL.GS.AUTOCAST_DTYPE", "float16"), r"AUTOCAST_DTYPE float16 trains without scaling the loss"),
         (
-            ("MODEL.META_ARCHITECTURE", "GroupSamplingRetinaNet", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16"),
-            r"does nothing in",
-        ),
-        (
             ("SOLVER.REFERENCE_WORLD_SIZE", 3, "SOLVER.IMS_PER_BATCH", 8),
             r"IMS_PER_BATCH 8 is for SOLVER\.REFERENCE_WORLD_SIZE 3 processes, which do not divide it: set",
         ),

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gs_d2.modeling.bn_folding import Trace, fold
+from gs_d2.config import load_config
+from gs_d2.modeling.bn_folding import Trace, fold, fuse
 
 IMAGE = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -158,3 +161,75 @@ def test_a_net_that_fails_is_as_before():
     with pytest.raises(RuntimeError):
         Trace(net, IMAGE)
     assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+# What is fused of a detector
+
+
+def with_any_statistics(model, seed=0):
+    """Every value of every norm matters, and activations stay of the order of 1."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.3, 0.8)
+            module.bias.data.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "naiveSyncBN"])
+def test_a_fused_detector_finds_what_it_did(norm):
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", norm, "MODEL.GS.CHANNELS_LAST", True]
+    model = with_any_statistics(build_model(load_config("configs/quick/demo.yaml", opts)))
+    nn.init.normal_(model.proposal_generator.rpn_head.objectness_logits.weight, std=0.5)
+    image = [{"image": torch.randint(0, 256, (3, 96, 120), dtype=torch.uint8)}]
+    with torch.no_grad():
+        features, (expected,) = model.backbone(model.preprocess_image(image).tensor), model(image)
+        assert fuse(model) is model
+        fused, (found,) = model.backbone(model.preprocess_image(image).tensor), model(image)
+    for name, feature in features.items():
+        torch.testing.assert_close(fused[name], feature, rtol=1e-4, atol=1e-4)
+        assert fused[name].is_contiguous(memory_format=torch.channels_last)
+    found, expected = found["instances"], expected["instances"]
+    assert len(found) == len(expected) > 10
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(x, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)) for x in model.modules())
+
+
+def test_norms_of_heads_and_of_transposed_convolutions_are_fused():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.ConvTranspose2d(4, 5, 4, stride=2, bias=False), nn.BatchNorm2d(5), nn.ReLU()),
+        Conv2d(5, 6, 3, norm=FrozenBatchNorm2d(6), activation=torch.tanh),
+    )
+    with_any_statistics(net)
+    with torch.no_grad():
+        expected = net(IMAGE)
+        torch.testing.assert_close(fuse(net)(IMAGE), expected, rtol=1e-5, atol=1e-6)
+    assert not any(isinstance(x, (FrozenBatchNorm2d, nn.BatchNorm2d)) for x in net.modules())
+
+
+class NegatedBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def left_alone():
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    yield "a convolution with two norms", nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(3)) for _ in range(2))
+    yield "a norm of two convolutions", nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), norm) for _ in range(2))
+    yield "GroupNorm", nn.ModuleList([Conv2d(3, 3, 1, norm=nn.GroupNorm(1, 3))])
+    yield "no statistics", nn.ModuleList([nn.Sequential(conv, nn.BatchNorm2d(3, track_running_stats=False))])
+    yield "another layer", nn.ModuleList([nn.Sequential(conv, NegatedBatchNorm(3))])
+    yield "an activation between", nn.ModuleList([nn.Sequential(Conv2d(3, 3, 1, activation=torch.tanh), norm)])
+    yield "groups", nn.ModuleList([nn.Sequential(nn.ConvTranspose2d(4, 4, 1, groups=2), nn.BatchNorm2d(4))])
+
+
+@pytest.mark.parametrize(("what", "nets"), list(left_alone()), ids=[what for what, _ in left_alone()])
+def test_what_is_not_a_norm_of_one_convolution_is_left_alone(what, nets):
+    before = {name: value.clone() for name, value in nets.state_dict().items()}
+    fuse(nets)
+    assert nets.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in nets.state_dict().items())

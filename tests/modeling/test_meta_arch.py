@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from test_rpn import build as build_rpn
 from torch import nn
 
-from gs_d2.config import add_gs_config
+from gs_d2.config import add_gs_config, load_config
 from gs_d2.modeling import RPNDetector, SoftmaxRPNHead, TopDown
 from gs_d2.modeling.backbone import Context
 
@@ -104,14 +104,33 @@ def test_softmax_head_shapes():
     assert [tuple(x.shape) for x in deltas] == [(2, 12, 5, 7), (2, 12, 3, 4)]
 
 
-def detector():
+class Convolutions(BottomUp):
+    """res2, res3, res4 by convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        strides = (4, 2, 2)
+        channels = (3, *self.channels)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride, padding=1) for i, stride in enumerate(strides)
+        )
+
+    def forward(self, x):
+        maps = {}
+        for i, conv in enumerate(self.convs):
+            x = maps[f"res{i + 2}"] = conv(x).relu()
+        return maps
+
+
+def detector(bottom_up=BottomUp, **arguments):
     torch.manual_seed(0)
     return RPNDetector(
-        backbone=TopDown(BottomUp(), ["res2", "res3", "res4"], 8),
+        backbone=TopDown(bottom_up(), ["res2", "res3", "res4"], 8),
         proposal_generator=build_rpn(),
         pixel_mean=(120.0, 110.0, 100.0),
         pixel_std=(60.0, 60.0, 60.0),
         max_detections=7,
+        **arguments,
     )
 
 
@@ -247,3 +266,43 @@ def test_faster_convolutions_predict_the_same(key, value, tolerance):
     sum(losses.values()).backward()
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     assert all(torch.isfinite(x.grad).all() for x in model.parameters() if x.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("config", "compiled"),
+    [
+        ("quick/demo", {"TopDown", "SoftmaxRPNHead"}),
+        ("quick/two_stage", {"TopDown", "SoftmaxRPNHead"}),
+        ("coco/retinanet", {"FPN", "RetinaNetHead"}),
+        ("pipelines/centernet", {"TransposedConvs", "CenterNetHead"}),
+    ],
+)
+def test_backbone_and_head_are_compiled_where_the_config_says_so(config, compiled, monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append((type(self).__name__, options)))
+    for value in (False, True):
+        opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18, "MODEL.GS.COMPILE", value]
+        build_model(load_config(f"configs/{config}.yaml", [*opts, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]))
+        assert bool(seen) == value
+    assert {name for name, _ in seen} == compiled and all(options == {"dynamic": True} for _, options in seen)
+
+
+@pytest.mark.slow
+def test_a_compiled_detector_is_the_detector_at_any_size():
+    plain, compiled = detector(Convolutions), detector(Convolutions, compile_network=True)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for sizes in (((90, 70), (64, 100)), ((130, 50),)):
+        losses = []
+        for model in (plain, compiled):
+            torch.manual_seed(1)
+            with EventStorage():
+                losses.append(model.train()(batch(sizes)))
+            model.zero_grad()
+            sum(losses[-1].values()).backward()
+        for name, loss in losses[0].items():
+            torch.testing.assert_close(losses[1][name], loss, rtol=1e-4, atol=1e-5)
+        for x, y in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(y.grad, x.grad, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            for found, expected in zip(compiled.eval()(batch(sizes)), plain.eval()(batch(sizes)), strict=True):
+                torch.testing.assert_close(found["instances"].scores, expected["instances"].scores)

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import RetinaNet, build_model
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from gs_d2.config import add_gs_config
 from gs_d2.data import load_wider_face
+from gs_d2.inference import PyramidDetector
 from gs_d2.modeling import DilatedRPNHead, GroupSampler, description_of
 from gs_d2.modeling.rpn_heads import num_octaves
 from gs_d2.ops import reference
@@ -59,39 +60,145 @@ def objects(*rows_of_images):
 OBJECTS = objects([[10.0, 10, 44, 40, 2], [60, 20, 120, 110, 0]], [[30.0, 50, 70, 90, 1]])
 
 
-def detectron2_losses(model, arguments, num_positives):
+def detectron2(*opts):
+    return build("retinanet_focal", "MODEL.META_ARCHITECTURE", "RetinaNet", *opts)
+
+
+def detectron2_losses(arguments, num_positives):
     """Detectron2's own, its moving average standing at the batch's number of positives."""
+    model = detectron2()
     model.loss_normalizer = max(num_positives, 1)
     with EventStorage():
-        return RetinaNet.losses(model, *arguments)
+        return model.losses(*arguments)
 
 
 def detections(model, logits, deltas, size=(128, 128)):
     maps = feature_maps(num_images=len(logits[0]))
-    return model.inference(model.anchor_generator(maps), logits, deltas, [size] * len(logits[0]))
+    candidates = model.decode(model.anchor_generator(maps), logits, deltas, [size] * len(logits[0]))
+    return [model.select_detections(x) for x in candidates]
+
+
+def detecting(*opts):
+    """A detector of random weights whose detections are of several classes, at two scores above 0.3."""
+    model = build("retinanet_focal", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.3, *opts).eval()
+    torch.manual_seed(1)
+    for module in model.head.modules():
+        if isinstance(module, torch.nn.Conv2d) and module is not model.head.bbox_pred:
+            torch.nn.init.normal_(module.weight, std=0.1)
+    torch.nn.init.constant_(model.head.cls_score.bias, -1.0)
+    return model
+
+
+def pictures(*sizes):
+    generator = torch.Generator().manual_seed(2)
+    return [{"image": torch.randint(0, 256, (3, *s), generator=generator, dtype=torch.uint8)} for s in sizes]
+
+
+def assert_same(found, expected, **tolerance):
+    """Detections may come in another order where their scores are nearly equal."""
+    assert len(found) == len(expected) > 10 and len(found.pred_classes.unique()) > 1
+    assert found.get_fields().keys() == expected.get_fields().keys()
+    torch.testing.assert_close(found.scores, expected.scores, **tolerance)
+    order = [(x.pred_boxes.tensor.double() @ torch.tensor([1.0, 1e3, 1e-3, 1e-6]).double()) for x in (found, expected)]
+    order = [x.argsort(stable=True) for x in order]
+    torch.testing.assert_close(found.pred_boxes.tensor[order[0]], expected.pred_boxes.tensor[order[1]], **tolerance)
 
 
 def test_detections_are_detectron2s():
     """Where no score rounds to 1."""
-    ours = build("retinanet_focal", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.3).eval()
-    theirs = build(
-        "retinanet_focal", *"MODEL.RETINANET.SCORE_THRESH_TEST 0.3 MODEL.META_ARCHITECTURE RetinaNet".split()
-    )
-    for module in ours.head.modules():
-        if isinstance(module, torch.nn.Conv2d) and module is not ours.head.bbox_pred:
-            torch.nn.init.normal_(module.weight, std=0.1)
-    torch.nn.init.constant_(ours.head.cls_score.bias, -1.0)
-    theirs.eval().load_state_dict(ours.state_dict())
-    generator = torch.Generator().manual_seed(2)
-    inputs = [{"image": torch.randint(0, 256, (3, 128, s), generator=generator, dtype=torch.uint8)} for s in (128, 96)]
+    ours, theirs = detecting(), detectron2("MODEL.RETINANET.SCORE_THRESH_TEST", 0.3).eval()
+    theirs.load_state_dict(ours.state_dict())  # by the same names
+    inputs = pictures((128, 128), (128, 96))
     with torch.no_grad():
         results = zip(ours(inputs), theirs(inputs), strict=True)
-    for found, expected in ((a["instances"], b["instances"]) for a, b in results):
-        assert len(found) == len(expected) > 10 and len(found.pred_classes.unique()) > 1
-        assert found.get_fields().keys() == expected.get_fields().keys()
-        torch.testing.assert_close(found.scores, expected.scores)
-        order = [x.pred_boxes.tensor[:, 0].argsort(stable=True) for x in (found, expected)]
-        torch.testing.assert_close(found.pred_boxes.tensor[order[0]], expected.pred_boxes.tensor[order[1]])
+    for found, expected in results:
+        assert_same(found["instances"], expected["instances"], rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_changes_nothing_but_the_memory_order():
+    plain, ours = (detecting("MODEL.GS.CHANNELS_LAST", x) for x in (False, True))
+    ours.load_state_dict(plain.state_dict())  # random numbers fill tensors in their memory order
+    seen = []
+    ours.head.register_forward_hook(lambda module, inputs, outputs: seen.append(inputs[0][0]))
+    inputs = pictures((128, 128), (96, 128))
+    with torch.no_grad():
+        for found, expected in zip(ours(inputs), plain(inputs), strict=True):
+            assert_same(found["instances"], expected["instances"], rtol=1e-3, atol=1e-3)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    assert ours.head.cls_score.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["retinanet_sampling_wrs", "retinanet_p3_dc_sampling"])
+def test_autocast_computes_in_its_format_and_is_close(name):
+    plain, ours = build(name), build(name, "MODEL.GS.AUTOCAST_DTYPE", "bfloat16")
+    seen = []
+    ours.head.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0][0].dtype))
+    inputs = [{**x, "instances": y} for x, y in zip(pictures((128, 128), (128, 128)), OBJECTS, strict=True)]
+    losses = []
+    for model in (ours, plain):
+        torch.manual_seed(0)
+        with EventStorage():
+            losses.append(model.train()(inputs))
+    assert all(x.dtype == torch.float32 for x in losses[0].values())
+    for key, expected in losses[1].items():
+        assert losses[0][key].item() == pytest.approx(expected.item(), rel=0.05)
+    sum(losses[0].values()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in ours.parameters() if x.grad is not None)
+    predictions = []
+    for model in (ours, plain):
+        with torch.no_grad(), model.eval()._autocast():
+            predictions.append(model.predict(model.preprocess_image(inputs)))
+    for maps, expected in zip(predictions[0][1:], predictions[1][1:], strict=True):
+        for found, wanted in zip(maps, expected, strict=True):
+            assert found.dtype == torch.float32
+            assert (found - wanted).abs().max() < 0.02 * max(1.0, wanted.abs().max())
+    assert seen == [torch.bfloat16] * 2
+
+
+def test_a_pyramid_of_factor_one_is_the_detector():
+    """Also for boxes that cross the border: they are clipped after NMS, as Detectron2 does."""
+    model, (image,) = detecting(), pictures((120, 100))
+    pyramid = PyramidDetector(model=model, scales=[1.0])
+    with torch.no_grad():
+        (expected,), (candidates,) = (x["instances"] for x in model([image])), model.predict_candidates([image])
+    assert (candidates.pred_boxes.tensor < 0).any()
+    (found,) = (x["instances"] for x in pyramid([image]))
+    assert found.get_fields().keys() == expected.get_fields().keys() and len(found) == len(expected) > 10
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.pred_classes, expected.pred_classes)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_levels_of_a_pyramid_are_merged_within_each_class():
+    """By the same NMS over the candidates of both levels, mapped to the image."""
+    model, (image,) = detecting("TEST.DETECTIONS_PER_IMAGE", 1000), pictures((128, 128))
+    pyramid = PyramidDetector(model=model, scales=[0.5, 1.0])
+    levels = []
+    predict = model.predict_candidates
+    model.predict_candidates = lambda inputs: levels.extend(predict(inputs)) or levels[-len(inputs) :]
+    (found,) = (x["instances"] for x in pyramid([image]))
+    assert [x.image_size for x in levels] == [(128, 128), (64, 64)]
+    boxes = torch.cat([levels[0].pred_boxes.tensor, 2 * levels[1].pred_boxes.tensor])
+    scores, classes = (torch.cat([x.get(name) for x in levels]) for name in ("scores", "pred_classes"))
+    kept = []
+    for i in scores.sort(descending=True, stable=True).indices.tolist():  # greedy, written out
+        rivals = [j for j in kept if classes[j] == classes[i]]
+        if not rivals or reference.box_iou(boxes[i : i + 1], boxes[rivals]).max() <= model.nms_thresh:
+            kept.append(i)
+    expected = Boxes(boxes[kept])
+    expected.clip((128, 128))
+    assert len(found) == len(kept) > 10 and len(set(classes[kept].tolist())) > 1
+    torch.testing.assert_close(found.scores, scores[kept])
+    assert torch.equal(found.pred_classes, classes[kept])
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.tensor, rtol=1e-4, atol=1e-3)
+
+
+def test_tiles_of_an_image_are_cut_where_its_anchors_are():
+    model = build("retinanet_focal")
+    alignment, reach = model.tile_geometry
+    assert alignment == 128, "the coarsest map's stride"
+    assert reach >= 812.749 * math.sqrt(2) + 5 * 128, "an anchor's longest side, and what the head sees"
+    cfg = load("retinanet_focal", "INPUT.MIN_SIZE_TEST", 0, "TEST.GS.SCALES", [1.0])
+    assert PyramidDetector(cfg, model)._predict.topk == model.max_candidates == 5 * 1000
 
 
 def test_it_is_tested_as_it_says():
@@ -101,13 +208,11 @@ def test_it_is_tested_as_it_says():
     description = description_of(cfg.MODEL.META_ARCHITECTURE)
     settings = description.test_settings(cfg)
     assert settings == (0.3, "9 of each feature map", 0.4, 7) and not description.class_agnostic
-    assert settings.score_thresh == model.test_score_thresh and model.test_topk_candidates == 9
-    assert (settings.nms_thresh, settings.max_detections) == (model.test_nms_thresh, model.max_detections_per_image)
+    assert settings.score_thresh == model.score_thresh and model.topk_candidates == 9
+    assert (settings.nms_thresh, settings.max_detections) == (model.nms_thresh, model.max_detections)
 
 
 def test_what_it_does_not_read_is_refused():
-    with pytest.raises(ValueError, match=r"AUTOCAST_DTYPE does nothing in GroupSamplingRetinaNet: set it"):
-        build("retinanet_focal", "MODEL.GS.AUTOCAST_DTYPE", "bfloat16")
     with pytest.raises(ValueError, match=r"own stride: set MODEL\.GS\.ANCHOR_STRIDES"):
         build("retinanet_focal", "MODEL.GS.ANCHOR_STRIDES", [[8]])
 
@@ -142,7 +247,7 @@ def test_focal_loss_without_sampling_is_detectron2s(num_images):
         image = [[x[i : i + 1] for x in maps] for maps in (logits, deltas)]
         positives = int(((gt_labels[i] >= 0) & (gt_labels[i] < K)).sum())
         assert positives > 3
-        theirs = detectron2_losses(model, (anchors, image[0], [gt_labels[i]], image[1], [gt_boxes[i]]), positives)
+        theirs = detectron2_losses((anchors, image[0], [gt_labels[i]], image[1], [gt_boxes[i]]), positives)
         for name in expected:
             expected[name] += float(theirs[name]) / num_images
     assert {name: float(loss) for name, loss in ours.items()} == pytest.approx(expected, rel=1e-5)
@@ -155,7 +260,7 @@ def test_labels_are_detectron2s_where_the_second_pass_adds_nothing():
     rows = torch.cat([Boxes.cat(anchors).tensor[[500, 900]], torch.tensor([[1.0], [2.0]])], dim=1)
     instances = objects(rows.tolist(), [])
     ours = model.label_anchors(anchors, instances)
-    theirs = RetinaNet.label_anchors(model, anchors, instances)
+    theirs = detectron2().label_anchors(anchors, instances)
     for labels, boxes, their_labels, their_boxes in zip(*ours, *theirs, strict=True):
         assert torch.equal(labels, their_labels)
         positive = (labels >= 0) & (labels < K)
@@ -226,7 +331,7 @@ def test_anchors_in_ignore_regions_cost_nothing():
     model = build("retinanet_sampling").train()
     seen = {}
     label_anchors = model.label_anchors
-    model.label_anchors = lambda anchors, instances: seen.setdefault("labels", label_anchors(anchors, instances))
+    model.label_anchors = lambda *arguments: seen.setdefault("labels", label_anchors(*arguments))
     image = {"image": torch.zeros(3, 128, 128), "instances": OBJECTS[0]}
     crowd = Boxes(torch.tensor([[64.0, 64, 128, 128]]))
     for ignore_boxes in (None, crowd):
@@ -247,9 +352,8 @@ def test_anchors_in_ignore_regions_cost_nothing():
 def test_a_crowd_smaller_than_the_smallest_anchor_ignores_those_near_it():
     model = build("retinanet_sampling")
     anchors = model.anchor_generator(feature_maps(num_images=1))
-    (instances,) = objects([[60.0, 60, 66, 65, -1]])
-    instances.gt_ignore = [True]
-    labels, _ = model.label_anchors(anchors, [instances])
+    crowd = Boxes(torch.tensor([[60.0, 60, 66, 65]]))
+    labels, _ = model.label_anchors(anchors, objects([]), [crowd])
     ignored = Boxes.cat(anchors).area().sqrt()[labels[0] == -1]
     assert len(ignored) >= 12 and ignored.max() < 64, "of every ratio, and of no larger octave"
 
@@ -323,29 +427,12 @@ def test_sizes_without_equal_octaves_are_refused(sizes):
         num_octaves(sizes)
 
 
-def test_training_pictures_do_not_show_ignore_regions_as_objects(monkeypatch):
-    """What Detectron2 is given to draw: drawing itself needs OpenCV, and main has no iteration that asks for it."""
-    drawn = []
-    monkeypatch.setattr(RetinaNet, "visualize_training", lambda self, inputs, results: drawn.append(inputs))
-    seen = []
-    forward = RetinaNet.forward
-    monkeypatch.setattr(RetinaNet, "forward", lambda self, inputs: seen.append(inputs) or forward(self, inputs))
-    model = build("retinanet_sampling").train()
-    crowd = Boxes(torch.tensor([[64.0, 64, 128, 128]]))
-    image = {"image": torch.zeros(3, 128, 128, dtype=torch.uint8), "instances": OBJECTS[0], "ignore_boxes": crowd}
-    with EventStorage(0):
-        model([image])
-    model.visualize_training(seen[0], [None])
-    assert len(seen[0][0]["instances"]) == len(OBJECTS[0]) + 1
-    assert torch.equal(drawn[0][0]["instances"].gt_boxes.tensor, OBJECTS[0].gt_boxes.tensor)
-
-
 def test_anchors_on_padding_are_no_negatives():
     """The second image has 60 x 48 pixels of the batch's 128 x 128."""
     model = build("retinanet_sampling").train()
     seen = {}
     label_anchors = model.label_anchors
-    model.label_anchors = lambda anchors, instances: seen.setdefault("labels", label_anchors(anchors, instances))
+    model.label_anchors = lambda *arguments: seen.setdefault("labels", label_anchors(*arguments))
     small = Instances((48, 60), gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 40]])), gt_classes=torch.tensor([1]))
     small = {"image": torch.zeros(3, 48, 60), "instances": small}
     with EventStorage():
@@ -363,10 +450,9 @@ def test_predictions_for_ignored_anchors_may_be_infinite(name, bad):
     """They change neither the losses nor any gradient."""
     model = build(name)
     anchors = model.anchor_generator(feature_maps())
-    instances = objects([[10.0, 10, 44, 40, 2], [60, 20, 120, 110, -1]], [[30.0, 50, 70, 90, 1], [0, 0, 50, 128, -1]])
-    for image in instances:
-        image.gt_ignore = [False, True]
-    gt_labels, gt_boxes = model.label_anchors(anchors, instances)
+    instances = objects([[10.0, 10, 44, 40, 2]], [[30.0, 50, 70, 90, 1]])
+    crowds = [Boxes(torch.tensor([x])) for x in ([60.0, 20, 120, 110], [0.0, 0, 50, 128])]
+    gt_labels, gt_boxes = model.label_anchors(anchors, instances, crowds)
     ignored = (gt_labels == -1).split([len(x) for x in anchors], dim=1)
     found = []
     for value in (None, bad):

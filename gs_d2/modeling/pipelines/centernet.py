@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gs_d2.modeling.box_detector import BoxDetector
 from gs_d2.modeling.decoding import top_boxes
 from gs_d2.modeling.description import DETECTION_LIMITS, LOOSE_NMS
-from gs_d2.unread_keys import OF_ROI_HEADS, OF_RPN, OF_RPN_DETECTORS, OF_RPN_HEADS
+from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_HEADS
 
 _NUM_UPSAMPLINGS = 3
 _PRIOR = 0.1  # probability that the heat map begins with everywhere
@@ -298,7 +298,7 @@ class CenterNet(BoxDetector):
                 "CENTERNET.LOSS_WEIGHTS must be three numbers not below 0, of heat map, size and offset, got "
                 f"{list(loss_weights)}"
             )
-        self.head = head.to(memory_format=self.memory_format)
+        self.head = self._prepare(head)
         self.in_feature = in_feature
         self.stride = self.backbone.output_shape()[in_feature].stride
         self.min_overlap = min_overlap
@@ -335,7 +335,7 @@ class CenterNet(BoxDetector):
     def unread_keys(cls, cfg):
         own = ("GROUP_*", "SAMPLER", "OHEM_*", "SECOND_PASS", "IGNORE_THRESH", "ANCHOR_STRIDES")
         return {
-            **OF_RPN_DETECTORS,
+            **OF_DETECTORS,
             **OF_RPN,
             **OF_RPN_HEADS,
             **OF_ROI_HEADS,
