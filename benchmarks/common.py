@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 import gs_d2.modeling.group_loss
 from gs_d2.collect_env import cpu_name
-from gs_d2.command_line import parser_of
+from gs_d2.command_line import folder_for, parser_of
 from gs_d2.formats.json_text import json_text
 from gs_d2.formats.whole_file import write_text
 from gs_d2.modeling import GroupSampler, TwoPassMatcher
@@ -37,9 +37,37 @@ def benchmark_parser(text: str, quick: str) -> argparse.ArgumentParser:
     """--output, --device and --quick, which `quick` explains."""
     parser = parser_of(text)
     parser.add_argument("--output", default="output/bench", help="folder for the results as .json and .md")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help=quick)
     return parser
+
+
+def checked(args: argparse.Namespace) -> torch.device:
+    """The device of :func:`benchmark_parser`'s --device, after a look at --output too.
+
+    Raises:
+        ValueError: one of them cannot be used; names it.
+    """
+    folder_for("--output", args.output)
+    return device_of(args.device)
+
+
+def device_of(name: str) -> torch.device:
+    """Raises ValueError, naming --device, unless torch can compute there."""
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no reason"])[0]
+        raise ValueError(f"--device {name!r} cannot be used ({reason}): name cpu, cuda or cuda:0") from error
+    return device
+
+
+def check_least(least: int, **counts: int):
+    """Raises ValueError for the first of the flags' numbers that is below the least."""
+    for flag, count in counts.items():
+        if count < least:
+            raise ValueError(f"--{flag} must be at least {least}, got {count}")
 
 
 def use_all_cores(device: torch.device):

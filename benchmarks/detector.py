@@ -22,6 +22,8 @@ from common import (
     LEARNING_RATE,
     Stopwatch,
     benchmark_parser,
+    check_least,
+    checked,
     parts_of,
     random_input,
     random_model,
@@ -38,6 +40,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
+from gs_d2.command_line import bad_input_ends
 from gs_d2.config import load_config
 from gs_d2.modeling import fuse
 
@@ -54,12 +57,14 @@ QUICK = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 PART_COLUMNS = ("backbone", "head", "labelling", "losses", "backward", "optimizer", "proposals", "other")
 
 
+@bad_input_ends()
 def main(argv: list[str] | None = None):
     parser = benchmark_parser(__doc__, quick="a ResNet-18 on a small image, once, to see that it runs")
     parser.add_argument("--repeats", type=int, default=5, help="of each entry, after one call that is not timed")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well; compiling takes minutes")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    check_least(1, repeats=args.repeats)
+    device = checked(args)
     if not args.quick:
         use_all_cores(device)
     size, num_faces, repeats = ((128, 128), 10, 1) if args.quick else ((800, 800), 100, args.repeats)

@@ -19,12 +19,24 @@ from pathlib import Path
 
 import torch
 import torchvision
-from common import benchmark_parser, faces, record_of, summary_of, table, time_once, use_all_cores, write_record
+from common import (
+    benchmark_parser,
+    checked,
+    device_of,
+    faces,
+    record_of,
+    summary_of,
+    table,
+    time_once,
+    use_all_cores,
+    write_record,
+)
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, pairwise_iou
 
 from gs_d2 import ops
+from gs_d2.command_line import bad_input_ends
 
 WIDER_SCALES, COCO_SCALES = (16, 32, 64, 128), (32, 64, 128, 256, 512)
 NUM_PER_GROUP = 512
@@ -32,14 +44,15 @@ WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000"}
 SECONDS_PER_ENTRY, MAX_REPEATS = 2.0, 25
 
 
-def main():
+@bad_input_ends()
+def main(argv: list[str] | None = None):
     parser = benchmark_parser(__doc__, quick="few repeats and no curves, to see that it runs")
-    parser.add_argument("--cases", nargs="*", help="only these (default: all)")
+    parser.add_argument("--cases", nargs="*", choices=CASES, help="only these (default: all)")
     parser.add_argument("--only", default="", help="only entries whose name has this in it; prints JSON (internal)")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    args = parser.parse_args(argv)
+    device = device_of(args.device) if args.only else checked(args)
     use_all_cores(device)
-    names = [name for name in CASES if not args.cases or name in args.cases]
+    names = args.cases or list(CASES)
 
     if args.only:
         print(json.dumps({name: measure(CASES[name](), device, args.quick, args.only) for name in names}))
@@ -54,7 +67,7 @@ def main():
             measured |= {f"{who} (warm heap)": entry for who, entry in warm.items()}
         results[name] = {"num_anchors": len(anchors), "num_gts": len(gts), "entries": measured}
     curves = {} if args.quick else measure_curves(device)
-    write_record(args.output, "ops", record_of(device, cases=results, curves=curves), table_of(results))
+    write_record(args.output, "ops", record_of(device, argv, cases=results, curves=curves), table_of(results))
     if curves:
         plot_curves(curves, Path(args.output) / "ops_cost.png")
 

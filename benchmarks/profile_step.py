@@ -17,7 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import LEARNING_RATE, Stopwatch, faces, machine, on, parts_of, random_input, random_model, table, train_step
+from common import (
+    LEARNING_RATE,
+    Stopwatch,
+    check_least,
+    device_of,
+    faces,
+    machine,
+    on,
+    parts_of,
+    random_input,
+    random_model,
+    table,
+    train_step,
+)
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from PIL import Image
@@ -32,13 +45,18 @@ FILE_SIZE = (1024, 768)  # width and height of WIDER FACE's images, most of whic
 @bad_input_ends()
 def main(argv: list[str] | None = None):
     parser = parser_of(__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the detector")
     parser.add_argument("--faces", type=int, default=100, help="in the image (default: 100)")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 800), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(800, 800), metavar=("HEIGHT", "WIDTH"), help="default: 800 800"
+    )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--steps", type=int, default=7, help="steps whose median is given, after one that is not timed")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
+    check_least(0, faces=args.faces)
+    check_least(1, size=min(args.size), steps=args.steps)
+    device_of(args.device)
     cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
     times = profile_steps(cfg, tuple(args.size), args.faces, args.steps)
     loading = profile_loading(cfg, args.faces, args.steps)

@@ -30,11 +30,11 @@ FORBIDDEN = {
 }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package-index", action="store_true", help="use nvcc from the package index")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "nvcc", help="where that nvcc is put")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     home = None if args.package_index else installed_toolkit()
     home = home or toolkit_from_package_index(args.folder)
@@ -90,7 +90,7 @@ def toolkit_from_package_index(folder):
     """Installs nvcc and what it needs under `folder`, unless they are there, and returns CUDA_HOME."""
     home = folder / "nvidia" / "cu13"
     if not (home / "bin" / "nvcc").exists():
-        print(f"installing nvcc from the package index into {folder}")
+        print(f"installing nvcc from the package index into {os.fspath(folder)!r}")
         pip = f"{sys.executable} -m pip install --quiet --disable-pip-version-check --target".split()
         run([*pip, folder, *(f"{package}=={PACKAGE_VERSION}" for package in PACKAGES)])
     # The names under which compilers and linkers look for libraries.

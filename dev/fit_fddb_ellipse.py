@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--ground-truth", required=True, type=Path, metavar="PATH", help="FDDB's ellipse lists")
     parser.add_argument("--write", action="store_true", help=f"replace {TARGET.relative_to(ROOT)}")
     args = parser.parse_args(argv)
-    ellipses = np.concatenate(list(read_annotations(args.ground_truth).values()))
+    ellipses = np.concatenate([np.zeros((0, 5)), *read_annotations(args.ground_truth).values()])
+    if not len(ellipses):
+        raise ValueError(f"{args.ground_truth}: has no ellipse")
     radii, angle = fit(ellipses)
     errors = rectangle_sizes(ellipses) @ radii.T / ellipses[:, :2] - 1
     text = TEMPLATE.format(*radii.ravel(), angle)

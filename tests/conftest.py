@@ -10,12 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from scipy.io import savemat
 
 from gs_d2.data.generated_faces import synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A busy machine is slow at times; and `pytest --hypothesis-profile fuzz` is for hours (CONTRIBUTING.md).
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=10_000)
+settings.load_profile("suite")
 _SHARED_DATA = Path(os.environ.get("GS_D2_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 

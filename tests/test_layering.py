@@ -441,6 +441,7 @@ RULES = {
             "detectron2.structures",
             "gs_d2.config",
             "gs_d2.data",
+            "gs_d2.formats.text",
             "gs_d2.model_zoo",
             "gs_d2.modeling",
         ),

@@ -23,6 +23,7 @@ def files(tmp_path, drawn_datasets):
     (root / "empty").touch()
     (root / "text.txt").write_text("some text\n")
     (root / "folder").mkdir()
+    (root / "ellipseList.txt").write_text("".join(f"a{i}\n1\n{50 + i} {40 - i} 0.{i} 60 70 1\n" for i in range(9)))
     base = drawn_datasets / "widerface"
     for path in sorted((base / "WIDER_val/images").rglob("*.jpg")):
         predictions = root / "predictions" / path.parent.name / f"{path.stem}.txt"
@@ -37,6 +38,7 @@ def files(tmp_path, drawn_datasets):
         "mats": base / "ground_truth",
         "predictions": root / "predictions",
         "metrics": root / "metrics.json",
+        "ellipses": root / "ellipseList.txt",
         "picture": next(iter(sorted((base / "WIDER_val/images").rglob("*.jpg")))),
     }
 
@@ -48,15 +50,21 @@ COMMANDS = {
         *("--config-file", DEMO, "--dataset", "generated_val", "--images", "2", "--output", "{out}/x.pth"),
         *("MODEL.WEIGHTS", "{root}/binary"),
     ],
+    "cuda_check": ["--package-index", "--folder", "{out}"],
     "convert_darknet": ["{root}/binary", "--output", "{out}/x.pth"],
     "convert_to_timm": ["{root}/binary", "--output", "{out}/x.pth"],
     "convert_torchvision": ["{root}/binary", "--output", "{out}/x.pth"],
+    "detector": ["--output", "{out}", "--device", "cpu", "--repeats", "1"],
     "demo": ["--config-file", DEMO, "--input", "{picture}", "--output", "{out}"],
     "evaluate": ["wider_face", "--predictions", "{predictions}", "--ground-truth", "{mats}"],
     "export_model": [
         *("--config-file", DEMO, "--format", "torchscript", "--output", "{out}", "MODEL.WEIGHTS", "{root}/binary"),
     ],
+    "fit_fddb_ellipse": ["--ground-truth", "{ellipses}"],
+    "ops": ["--output", "{out}", "--device", "cpu", "--quick", "--cases", "W1"],
     "prepare_wider_face": ["{datasets}", "--output", "{out}"],
+    "profile_step": ["--config-file", DEMO, "--steps", "1", "--faces", "2", "--size", "64", "64"],
+    "quickstart": ["--output", "{out}"],
     "sample_distribution": ["{metrics}", "--output", "{out}/x.png"],
     "sweep_samples prepare": [
         *("--config-file", DEMO, "--values", "16", "--output", "{out}", "--", "SOLVER.MAX_ITER", "9"),
@@ -73,7 +81,21 @@ COMMANDS = {
     ],
     "web": [],
 }
-VALUES = ["", "-1", "nan", "{root}/nothing/there", "{root}/text.txt/below", "{root}/binary", "{root}/folder", "a\0b"]
+VALUES = [
+    *("", "-1", "0", "nan", "1e400", "\udce9", "{root}/nothing/there", "{root}/text.txt/below", "{root}/text.txt"),
+    *("{root}/binary", "{root}/empty", "{root}/folder", "{picture}", "a\0b"),
+]
+# Scripts whose work is of minutes, and their functions that would take them.
+SLOW = {
+    "detector.measure": {},
+    "detector.entries": ({}, {}),
+    "detector.measure_parts": {},
+    "ops.in_own_process": {},
+    "ops.measure": {},
+    "profile_step.profile_steps": [{"backbone": 1.0, "other": 1.0}],
+    "profile_step.profile_loading": [1.0],
+}
+OUTSIDE = ("cuda_check", "quickstart")  # need what a test has not, other programs or the network: they say so
 
 
 def parser_of_script(name, monkeypatch) -> list[argparse.Action]:
@@ -116,8 +138,10 @@ def outcome(main, arguments, capsys):
     try:
         status = main(arguments) or 0
     except SystemExit as end:
-        status = end.code
+        status = end.code or 0
     err = capsys.readouterr().err
+    if isinstance(status, str):  # as Python prints it
+        status, err = 1, f"{err}{status}\n"
     assert status in (0, 1, 2), (arguments, status)
     if status == 2:
         last = err.strip().splitlines()[-1]
@@ -151,6 +175,9 @@ def surroundings(files, monkeypatch, tmp_path, register, drawn_datasets):
 
     monkeypatch.setattr("demo.FaceDetector", Detector)
     monkeypatch.setattr("web.serve", lambda host, port: None)
+    for name, result in SLOW.items():
+        monkeypatch.setattr(name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr("fit_fddb_ellipse.write_text", lambda *_: None)  # a file of the package
     monkeypatch.setattr("subprocess.run", lambda *_, **__: argparse.Namespace(returncode=1, stdout="", stderr=""))
     return {**{key: str(value) for key, value in files.items()}, "out": str(tmp_path / "out")}
 
@@ -161,7 +188,7 @@ def test_wrong_values(name, surroundings, monkeypatch, capsys):
     words = name.split()[1:]
     command = [word.format(**surroundings) for word in COMMANDS[name]]
     status, err = outcome(main, [*words, *command], capsys)
-    assert status == 0 or "binary" in err or "No finished run" in err or "is not whole" in err, err
+    assert status == 0 or "binary" in err or "No finished run" in err or "is not whole" in err or name in OUTSIDE, err
     for action in parser_of_script(name, monkeypatch):
         assert action.help, f"{name} {action.dest} says nothing of itself"
         if action.nargs == 0:
@@ -174,6 +201,9 @@ def test_wrong_values(name, surroundings, monkeypatch, capsys):
 
 
 OUTPUTS = {  # script -> the flags that name what it writes
+    "detector": "--output",
+    "ops": "--output",
+    "quickstart": "--output",
     "demo": "--output --json --save-crops",
     "evaluate": "--output",
     "calibrate_scores": "--output",
@@ -208,18 +238,18 @@ def test_an_output_that_cannot_be(name, flag, surroundings, capsys):
 
 
 def test_the_scripts_are_all_here():
-    names = {path.stem for folder in ("tools", "demo") for path in (ROOT / folder).glob("*.py")}
-    assert names - {name.partition(" ")[0] for name in COMMANDS} == {"install_detectron2", "quickstart"}
+    paths = [
+        path for folder in ("tools", "demo", "benchmarks", "dev", "examples") for path in ROOT.glob(f"{folder}/*.py")
+    ]
+    with_flags = {path.stem for path in paths if re.search(r"(?<!def )\w*([Pp]arser|parser_of)\(", path.read_text())}
+    assert with_flags - {"common"} == {name.partition(" ")[0] for name in COMMANDS} | {"install_detectron2"}
 
 
-def test_quickstart_and_install(surroundings, capsys):
+def test_install(surroundings, capsys):
     import install_detectron2
-    import quickstart
 
-    assert outcome(install_detectron2.main, ["--route", "none"], capsys)[0] == 2
-    status, err = outcome(quickstart.main, ["--output", surroundings["root"] + "/text.txt/x"], capsys)
-    assert status == 2 and "--output" in err
-    assert outcome(quickstart.main, ["--none"], capsys)[0] == 2
+    for value in VALUES:
+        assert outcome(install_detectron2.main, ["--route", value.format(**surroundings)], capsys)[0] == 2
 
 
 # What is added to a working command of train_net.py -> what the message says.
@@ -277,19 +307,49 @@ TRAINING = {
 def test_train_net(opts, surroundings, monkeypatch, capsys, tmp_path):
     key, _, value = opts.format(**surroundings).partition(" ")
     value = "" if value == "''" else value
-    command = ["train_net.py", "--config-file", DEMO, "DATASETS.TRAIN", "('generated_train',)"]
+    command = ["--config-file", DEMO, "DATASETS.TRAIN", "('generated_train',)"]
     command += ["DATASETS.TEST", "('generated_val',)", "OUTPUT_DIR", str(tmp_path / "out")]
     command += [key, value] if " " in opts else [key]
-    monkeypatch.setattr(sys, "argv", command)
-    status, err = outcome(lambda _: runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__"), [], capsys)
+    status, err = run_train_net(monkeypatch, capsys, *command)
     assert status == 2, err
     assert re.search(TRAINING[opts], err.strip().splitlines()[-1]), err
 
 
-@pytest.mark.parametrize(
-    "flags", [("--num-gpus", "-1"), ("--num-machines", "0"), ("--machine-rank", "3"), ("--num-gpus", "x"), ("--none",)]
-)
-def test_flags_of_train_net(flags, surroundings, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", DEMO, *flags])
-    status, _ = outcome(lambda _: runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__"), [], capsys)
-    assert status == 2
+def run_train_net(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *arguments])
+    return outcome(lambda _: runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__") and 0, [], capsys)
+
+
+def test_flags_of_train_net(surroundings, monkeypatch, capsys):
+    """Of a command that would train: all but the training itself."""
+    command = ["--config-file", DEMO, "DATASETS.TRAIN", "('generated_train',)", "DATASETS.TEST", "('generated_val',)"]
+    monkeypatch.setattr("gs_d2.engine.launch", lambda *_: None)
+    assert run_train_net(monkeypatch, capsys, *command, "OUTPUT_DIR", surroundings["out"])[0] == 0
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self: found.append(self) or sys.exit(2))
+        patch.setattr(sys, "argv", ["train_net.py"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__")
+    actions = [action for action in found[0]._actions if action.option_strings and action.dest != "help"]
+    assert {action.dest for action in actions} >= {"config_file", "resume", "eval_only", "num_gpus", "allow_pickle"}
+    for action in actions:
+        for value in VALUES if action.nargs != 0 else [None]:
+            arguments = (
+                [action.option_strings[0]]
+                if value is None
+                else [action.option_strings[0], value.format(**surroundings)]
+            )
+            if action.dest == "config_file":
+                status, err = run_train_net(monkeypatch, capsys, *arguments, *command[2:])
+                assert status == 2 and (not value or err), value
+            else:
+                run_train_net(monkeypatch, capsys, *command[:2], *arguments, *command[2:])
+    for flags in (
+        ("--num-gpus", "-1"),
+        ("--num-machines", "0"),
+        ("--machine-rank", "3"),
+        ("--num-gpus", "x"),
+        ("--none",),
+    ):
+        assert run_train_net(monkeypatch, capsys, "--config-file", DEMO, *flags)[0] == 2

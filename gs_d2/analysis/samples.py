@@ -21,6 +21,7 @@ from gs_d2.config import load_config
 from gs_d2.data import FaceDatasetMapper
 from gs_d2.data.catalog import load_records
 from gs_d2.data.records import faces_of
+from gs_d2.formats.text import decoded, lines_of
 from gs_d2.modeling import GroupSamplingRPN
 from gs_d2.modeling.losses import group_sums
 
@@ -46,23 +47,36 @@ def read_runs(metrics_files) -> dict[str, dict]:
 
 
 def read_counts(metrics_file: Path) -> dict[str, dict[float, float]]:
-    """Mean anchors per image over the run: {"pos_sampled": {16.0: 12.3, ...}, ...}."""
+    """Mean anchors per image over the run: {"pos_sampled": {16.0: 12.3, ...}, ...}, all of the same scales.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no metrics.json of a training here; names file and line.
+    """
     values = defaultdict(lambda: defaultdict(list))
-    try:
-        lines = metrics_file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{metrics_file}: not a text file ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(decoded(metrics_file.read_bytes(), str(metrics_file))), 1):
+        if not line:
+            continue
         try:
             for key, value in json.loads(line).items():
                 if key.startswith("groups/") and "@" in key:
                     name, scale = key.removeprefix("groups/").split("@")
-                    values[name][float(scale)].append(float(value))
-        except (ValueError, AttributeError, TypeError) as error:
+                    if name in TITLES:
+                        values[name][_finite(scale)].append(_finite(value))
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{metrics_file}:{number}: not a record of metrics ({error})") from error
     if not values.keys() >= TITLES.keys():
         raise ValueError(f"{metrics_file}: no group statistics; is it the metrics.json of a training run of gs_d2?")
+    if len({frozenset(by_scale) for by_scale in values.values()}) > 1:
+        raise ValueError(f"{metrics_file}: its group statistics are not of the same scales")
     return {name: {s: float(np.mean(v)) for s, v in sorted(by.items())} for name, by in values.items()}
+
+
+def _finite(value) -> float:
+    value = float(value)
+    if not abs(value) < 1e15:  # nor is NaN
+        raise ValueError(f"{value} is no number of anchors")
+    return value
 
 
 class TrainedAnchors:

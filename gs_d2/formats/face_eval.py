@@ -76,7 +76,7 @@ def read_annotations(path: str | os.PathLike, benchmark: str) -> FaceEvalAnnotat
                 flagged = objects[:, 5] != 0 if objects.shape[1] > 5 else np.zeros(len(objects), dtype=bool)
                 small = (np.abs(objects[:, 2:4] - objects[:, :2]) < MIN_FACE).any(axis=1)
                 ignore[name] = flagged | small
-        except Exception as error:  # scipy raises many kinds for a damaged file
+        except Exception as error:  # of variables of any other kind
             raise ValueError(f"{where}: cannot be read as face-eval's annotations ({error!r})") from error
     return FaceEvalAnnotations(boxes, ignore, benchmark)
 

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.structures import Boxes, BoxMode
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -115,7 +115,6 @@ ANY = st.recursive(
 KEYS = ["file_name", "height", "width", "gt_boxes", "gt_ignore", "gt_classes", "annotations", "attributes"]
 
 
-@settings(max_examples=300)
 @given(st.sampled_from(list(FORMS)), st.dictionaries(st.sampled_from(KEYS), ANY, min_size=1), st.booleans())
 def test_any_value_of_any_key_is_read_or_refused(form, changes, for_training):
     try:
@@ -126,7 +125,6 @@ def test_any_value_of_any_key_is_read_or_refused(form, changes, for_training):
     assert faces.boxes.shape == (n, 4) and faces.ignore.shape == faces.classes.shape == (n,)
 
 
-@settings(max_examples=200)
 @given(st.sampled_from(["bbox", "bbox_mode", "category_id", "iscrowd"]), ANY)
 def test_any_value_of_an_annotations_key_is_read_or_refused(key, value):
     annotation = {"bbox": [1, 2, 3, 4], "bbox_mode": 0, "category_id": 0, "iscrowd": 0, key: value}

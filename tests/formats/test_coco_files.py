@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gs_d2.formats.coco import check_coco, read_coco
@@ -170,7 +170,6 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=400)
 @given(changes=CHANGES, removed=st.booleans())
 def test_any_value_of_any_key_is_right_or_refused(changes, removed):
     given = content()
@@ -193,7 +192,6 @@ def test_any_value_of_any_key_is_right_or_refused(changes, removed):
     assert all(type(x["height"]) is int and x["height"] > 0 for x in found.images)
 
 
-@settings(max_examples=200)
 @given(ANY)
 def test_any_value_is_right_or_refused(value):
     try:

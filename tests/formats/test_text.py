@@ -134,7 +134,6 @@ def test_lines_are_numbered_as_in_the_file():
     assert [end_of(["a", "", "b", ""], 1, n) for n in range(4)] == [1, 3, 4, 4]
 
 
-@settings(max_examples=300, deadline=None)
 @given(content=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: text.encode("utf-16")))
 def test_any_bytes_are_text_or_named(content):
     try:
@@ -145,7 +144,7 @@ def test_any_bytes_are_text_or_named(content):
         assert lines == [line.strip() for line in lines]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(sorted(LISTS)))
 def test_any_list_is_read_or_refused_in_one_line_that_names_it(tmp_path, data, name):
     """Lists with bytes taken out, put in and changed, in any encoding and with any line ends."""

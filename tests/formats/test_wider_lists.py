@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
@@ -150,7 +150,6 @@ def test_bytes_that_are_no_text(load):
         load(bytes(100))
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="e/a.jpg 0123-\n\r\t\x0b²٣", max_size=40))
 def test_any_text_is_read_or_refused_with_its_place(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.txt"

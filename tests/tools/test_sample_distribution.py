@@ -51,6 +51,21 @@ def test_table_and_picture(run_tool, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.replace("\n", "\r\n\r\n").encode(),
+        lambda text: text.replace("0.5", "null").encode(),  # a loss that was not finite
+    ],
+    ids=["mark", "UTF-16", "blank lines", "null"],
+)
+def test_records_as_other_programs_write_them(run_tool, write):
+    text = group_record(0) + "\n" + group_record(20) + "\n"
+    assert run_tool(write(text))[:2] == run_tool(text)[:2] and run_tool(write(text))[0] == 0
+
+
+@pytest.mark.parametrize(
     ("metrics", "message"),
     [
         (None, r"No such file or directory: '.*metrics\.json'"),
@@ -58,10 +73,15 @@ def test_table_and_picture(run_tool, tmp_path):
         (record(0) + "\n", r"metrics\.json: no group statistics"),
         (group_record(0) + "\n" + group_record(20)[:40] + "\n", r"metrics\.json:2: not a record of metrics"),
         (group_record(0) + "\n[1, 2]\n", r"metrics\.json:2: not a record of metrics"),
-        (b"\x80\x81\n", r"metrics\.json: not a text file"),
+        (b"\x80\x81\n", r"metrics\.json:1: not UTF-8 text"),
+        (bytes(8), r"metrics\.json: not a text file"),
         (json.dumps({"groups/pos_sampled@16": 1.0}) + "\n", r"metrics\.json: no group statistics"),
         (json.dumps({"groups/pos_sampled@big": 1.0}) + "\n", r"metrics\.json:1: not a record of metrics"),
         (json.dumps({"groups/pos_sampled@16": None}) + "\n", r"metrics\.json:1: not a record of metrics"),
+        (group_record(0, float("nan")), r"metrics\.json:1: not a record of metrics \(nan is no number of anchors"),
+        (group_record(0, float("inf")), r"metrics\.json:1: not a record of metrics"),
+        ("[" * 100_000, r"metrics\.json:1: not a record of metrics"),
+        (group_record(0).replace("neg_sampled@16", "neg_sampled@64"), r"metrics\.json: .*not of the same scales"),
     ],
 )
 def test_what_it_cannot_use(run_tool, tmp_path, metrics, message):
