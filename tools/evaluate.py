@@ -21,7 +21,7 @@ from gs_d2.evaluation.fddb import FddbResult, evaluate_fddb
 from gs_d2.evaluation.fddb_regions import image_sizes_of
 from gs_d2.evaluation.precision_recall import PrecisionRecallCurve
 from gs_d2.evaluation.report import present, write_summary
-from gs_d2.evaluation.wider_face import WiderResult, evaluate_wider_face
+from gs_d2.evaluation.wider_face import SCORE_THRESHOLDS, WiderResult, evaluate_wider_face
 from gs_d2.formats import face_eval, fddb
 from gs_d2.formats.wider_curves import read_official_curves
 from gs_d2.formats.wider_face import OFFICIAL_SUBSETS, WiderGroundTruth
@@ -43,6 +43,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         metavar="PATH",
         help="draw other methods: a folder of official wider_pr_info_*.mat, or NAME=pr_curves.npz; repeatable",
+    )
+    wider.add_argument(
+        "--score-thresholds",
+        nargs="*",
+        type=float,
+        default=SCORE_THRESHOLDS,
+        metavar="S",
+        help=f"give precision and recall at these scores (default: {' '.join(map(str, SCORE_THRESHOLDS))})",
     )
     wider.add_argument("--submission", type=Path, metavar="ZIP", help="write the predictions as an official zip")
     fddb_group = parser.add_argument_group("fddb")
@@ -94,7 +102,7 @@ def run_wider_face(args: argparse.Namespace) -> WiderResult:
     ground_truth = WiderGroundTruth.from_mat_files(args.ground_truth)
     others = other_methods(args.compare)
     predictions = read_wider_predictions(args.predictions, ground_truth.image_ids)
-    result = evaluate_wider_face(ground_truth, predictions.detections)
+    result = evaluate_wider_face(ground_truth, predictions.detections, score_thresholds=args.score_thresholds)
     result = dataclasses.replace(result, num_unknown=predictions.num_unknown)  # these files were not read
     if args.submission:
         write_wider_predictions(predictions.detections, args.submission)

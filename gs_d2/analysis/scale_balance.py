@@ -146,5 +146,5 @@ def _mean_ap(ground_truth, rows, calibration, min_heights) -> float:
     for i, ((boxes, _, _), logits) in enumerate(zip(rows, _calibrated(rows, calibration), strict=True)):
         scores = torch.sigmoid(torch.from_numpy(logits)).numpy()
         detections[str(i)] = np.concatenate([boxes, scores[:, None]], axis=1)
-    curves = evaluate_wider_face(ground_truth, detections).curves
+    curves = evaluate_wider_face(ground_truth, detections, score_thresholds=(), heights=()).curves
     return float(np.mean([curves[_subset(min_height)].ap for min_height in min_heights]))

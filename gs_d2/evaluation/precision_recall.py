@@ -1,6 +1,7 @@
 """The arithmetic that the protocols share: box overlap, precision-recall curves, average precision."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,6 +56,24 @@ def all_points_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     envelope = np.fmax.accumulate(precision[::-1])[::-1]  # fmax skips NaN, as MATLAB's max does
     steps = np.flatnonzero(recall[1:] != recall[:-1]) + 1
     return float(np.sum((recall[steps] - recall[steps - 1]) * envelope[steps]))
+
+
+class PrecisionRecall(NamedTuple):
+    """What the detections above one score threshold are worth.
+
+    Attributes:
+        precision: in [0, 1], the share of hits among the detections that count; NaN where none counts.
+        recall: in [0, 1], the share of the faces that are found; NaN where there is no face to find.
+    """
+
+    precision: float
+    recall: float
+
+    @classmethod
+    def from_counts(cls, num_hits: int, num_detections: int, num_faces: int) -> "PrecisionRecall":
+        """From the detections that found a face, those that count, and all faces."""
+        precision = num_hits / num_detections if num_detections else float("nan")
+        return cls(precision, num_hits / num_faces if num_faces else float("nan"))
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class WiderFaceEvaluator(DetectionEvaluator):
                 image_id: quantize(as_xywh(rows[scales == scale].astype(np.float64)))
                 for image_id, (rows, scales) in by_scale.items()
             }
-            results[scale] = evaluate_wider_face(ground_truth, detections)
+            results[scale] = evaluate_wider_face(ground_truth, detections, score_thresholds=(), heights=())
         return results
 
     def _write_submission(self, detections) -> OrderedDict:

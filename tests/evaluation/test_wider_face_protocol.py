@@ -230,3 +230,132 @@ def test_crowds_are_matched_in_chunks(monkeypatch):
     whole = evaluate_wider_face(ground_truth, case[3]).curves["kept"].ap
     monkeypatch.setattr("gs_d2.evaluation.wider_face._IOU_CHUNK", 7)
     assert evaluate_wider_face(ground_truth, case[3]).curves["kept"].ap == whole
+
+
+# ---- Precision and recall at score thresholds, and results by height: no part of the official protocol. ----
+
+
+def literal_counts(image_ids, gt_boxes, detections, threshold, is_kept, is_alarm):
+    """Hits, detections that count and faces, one detection after the other: of at least `threshold`, on faces that
+    `is_kept(box)`; those on no face count where `is_alarm(row)`."""
+    hits = counted = 0
+    for image_id, boxes in zip(image_ids, gt_boxes, strict=True):
+        rows = sorted(detections.get(image_id, np.zeros((0, 5))).tolist(), key=lambda row: -row[4])
+        found = set()
+        for x, y, w, h, score in rows:
+            if score < threshold or not len(boxes):
+                continue
+            overlaps = []
+            for x1, y1, x2, y2 in boxes:
+                iw, ih = min(x2, x + w) - max(x1, x) + 1, min(y2, y + h) - max(y1, y) + 1
+                union = (w + 1) * (h + 1) + (x2 - x1 + 1) * (y2 - y1 + 1) - iw * ih
+                overlaps.append(iw * ih / union if iw > 0 and ih > 0 else 0.0)
+            best = overlaps.index(max(overlaps))
+            if overlaps[best] < 0.5:
+                counted += is_alarm((x, y, w, h))
+            elif is_kept(boxes[best]):
+                counted += 1
+                hits += best not in found
+                found.add(best)
+    return hits, counted, sum(is_kept(box) for boxes in gt_boxes for box in boxes)
+
+
+def approx(point):
+    return pytest.approx(tuple(point), abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_precision_and_recall_against_a_literal_count(seed):
+    image_ids, gt_boxes, _, detections = random_case(seed)
+    scores = np.sort(np.concatenate([rows[:, 4] for rows in detections.values()]))
+    thresholds = [float(scores[len(scores) // 3]), float(scores[-2]), float(scores[-1]) + 1]  # the first two: reached
+    heights = (2, 5)
+    ground_truth = WiderGroundTruth.from_boxes(image_ids, gt_boxes)
+    result = evaluate_wider_face(ground_truth, detections, score_thresholds=thresholds, heights=heights)
+    bins = {"height.0-2": (0, 2), "height.2-5": (2, 5), "height.5-up": (5, np.inf), "all": (-np.inf, np.inf)}
+    assert {name for name in result.curves if name.startswith("height.")} == bins.keys() - {"all"}
+    for name, (low, high) in bins.items():
+        for threshold in thresholds:
+            hits, counted, faces = literal_counts(
+                *(image_ids, gt_boxes, detections, threshold),
+                lambda box, low=low, high=high: low <= box[3] - box[1] < high,
+                lambda row, low=low, high=high: low <= row[3] < high,
+            )
+            expected = hits / counted if counted else np.nan, hits / faces if faces else np.nan
+            assert approx(expected) == tuple(result.at_scores[threshold][name])
+            assert result.num_faces[name] == faces
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_lowest_score_gives_the_end_of_the_curve(seed):
+    """Also by height: what is counted there is what AP is computed from."""
+    image_ids, gt_boxes, _, detections = random_case(seed)
+    lowest = min(rows[:, 4].min() for rows in detections.values() if len(rows))
+    ground_truth = WiderGroundTruth.from_boxes(image_ids, gt_boxes)
+    result = evaluate_wider_face(ground_truth, detections, score_thresholds=[lowest], heights=(3, 6))
+    for name, point in result.at_scores[lowest].items():
+        curve = result.curves[name]
+        assert approx(point) == (curve.precision[-1], curve.recall[-1])
+
+
+def test_a_face_of_another_height_is_ignored_and_so_is_its_false_alarm():
+    boxes = np.array([[0, 0, 8, 8], [50, 50, 90, 90]], float)
+    rows = np.array([[0, 0, 8, 8, 0.9], [200, 0, 8, 9.5, 0.8], [50, 50, 40, 40, 0.7], [0, 200, 40, 40, 0.6]])
+    ground_truth = WiderGroundTruth.from_boxes(["e/i"], [boxes])
+    result = evaluate_wider_face(ground_truth, {"e/i": rows}, score_thresholds=[0.5, 0.75], heights=(9, 16, 64))
+    assert {name: n for name, n in result.num_faces.items() if name.startswith("height")} == {
+        "height.0-9": 1,
+        "height.9-16": 0,
+        "height.16-64": 1,
+        "height.64-up": 0,
+    }
+    assert result.curves["height.0-9"].ap == 1 and result.at_scores[0.5]["height.0-9"] == (1, 1)
+    assert result.at_scores[0.5]["height.16-64"] == (0.5, 1)  # the false alarm of 40 px
+    assert approx(result.at_scores[0.75]["height.16-64"]) == (np.nan, 0)
+    assert approx(result.at_scores[0.5]["height.9-16"]) == (0, np.nan)  # the false alarm of 9.5 px
+    assert result.at_scores[0.75]["all"] == (0.5, 0.5)
+
+
+def test_a_height_at_a_limit_is_of_the_larger_bin():
+    ground_truth = WiderGroundTruth.from_boxes(["e/i"], [np.array([[0, 0, 5, 16], [0, 50, 5, 65.99]])])
+    result = evaluate_wider_face(ground_truth, {})
+    assert result.num_faces["height.16-32"] == result.num_faces["height.10-16"] == 1
+
+
+def test_table_and_json_have_what_a_model_card_needs():
+    attributes = [{"pose": np.array([0, 1])}]
+    ground_truth = WiderGroundTruth.from_boxes(["e/i"], [np.array([FACE, [50, 50, 60, 60]], float)], attributes)
+    rows = np.array([[*HIT, 0.9], [200, 200, 12, 12, 0.6], [*MISS, 0.4]])
+    result = evaluate_wider_face(ground_truth, {"e/i": rows})
+    table = {line[: line.find("  ")].strip(): line.split() for line in result.table().splitlines()}
+    assert table["subset"][-6:] == ["P@0.3", "R@0.3", "P@0.5", "R@0.5", "P@0.7", "R@0.7"]
+    assert table["All"][-6:] == ["66.67", "100.00", "50.00", "50.00", "100.00", "50.00"]
+    assert table["height: 10-16"][-6:] == table["All"][-6:]
+    assert table["height: 16-32"][-6:] == ["-"] * 6
+    assert table["pose: atypical"][-3:] == ["100.00", "0.00", "0.00"]  # recall: a false alarm has no pose
+    summary = json.loads(json.dumps(result.summary(), allow_nan=False))
+    assert summary["at_scores"]["0.5"]["all"] == {"precision": 0.5, "recall": 0.5}
+    assert summary["at_scores"]["0.3"]["pose.atypical"] == {"recall": 1.0}
+    assert summary["at_scores"]["0.7"]["height.16-32"] == {"precision": None, "recall": None}
+    assert summary["heights"]["10-16"] == result.curves["height.10-16"].ap == pytest.approx(0.5 + 0.5 * 2 / 3)
+    assert summary["heights"]["256-up"] is None and next(iter(summary["heights"])) == "0-10"
+
+
+def test_no_thresholds_and_no_heights_leave_the_table_as_the_protocol_has_it():
+    ground_truth = WiderGroundTruth.from_boxes(["e/i"], [np.array([FACE], float)])
+    result = evaluate_wider_face(ground_truth, {}, score_thresholds=(), heights=())
+    assert result.table().splitlines()[0].split() == ["subset", "AP", "faces"] and "height" not in result.table()
+    assert result.summary()["at_scores"] == result.summary()["heights"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heights": (16, 16)}, r"heights must be above 0 and rise, got \[16, 16\]"),
+        ({"heights": (0, 16)}, "heights must be above 0"),
+        ({"score_thresholds": [float("nan")]}, "score_thresholds must be numbers"),
+    ],
+)
+def test_wrong_thresholds_and_heights_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_wider_face(WiderGroundTruth.from_boxes(["e/i"], [np.array([FACE], float)]), {}, **options)

@@ -50,6 +50,22 @@ def test_wider_face(shared_data, tmp_path):
     assert {name: again[name] for name in expected} == {name: metrics[name] for name in expected}
 
 
+def test_precision_and_recall_at_scores(shared_data, tmp_path):
+    mini = shared_data / "mini_wider"
+    arguments = ["wider_face", "--predictions", mini / "predictions_detector_a.zip"]
+    arguments += ["--ground-truth", mini / "widerface" / "ground_truth"]
+    done = run(*arguments, "--score-thresholds", "0.25", "0.5", "--json", tmp_path / "metrics.json")
+    assert done.returncode == 0, done.stderr
+    header = done.stdout.splitlines()[0].split()
+    assert header == ["subset", "AP", "faces", "P@0.25", "R@0.25", "P@0.5", "R@0.5"]
+    points = json.loads((tmp_path / "metrics.json").read_text())["at_scores"]
+    assert list(points) == ["0.25", "0.5"]
+    assert points["0.25"]["hard"]["recall"] > points["0.5"]["hard"]["recall"] > 0
+    assert points["0.5"]["hard"]["precision"] > points["0.25"]["hard"]["precision"] > 0
+    done = run(*arguments, "--score-thresholds", "nan")
+    assert done.returncode == 2 and "score_thresholds must be numbers" in done.stderr
+
+
 def test_needs_neither_torch_nor_detectron2(shared_data, tmp_path):
     """A machine with numpy and scipy only: every other import of the table is made to fail."""
     code = (
