@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from gs_d2 import ops
+from gs_d2.command_line import bad_input_ends, parser_of
+from gs_d2.engine.value_checks import check_device
 from gs_d2.inference import FaceDetector
 
 PHOTOGRAPH = Path(__file__).resolve().parent.parent / "demo" / "astronaut.jpg"
@@ -23,11 +25,12 @@ SAME = 0.7  # IoU of a face found in both
 MOST_UNLIKE = 0.05  # of the faces: what the network sees beyond a tile differs
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--copies", type=int, default=5, help="of the photograph, in each direction")
-    args = parser.parse_args()
+@bad_input_ends()
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    check_device(args.device, "--device")
+    if args.copies < 1:
+        raise ValueError(f"--copies must be at least 1, got {args.copies}")
     picture = np.tile(np.asarray(Image.open(PHOTOGRAPH).convert("RGB")), (args.copies, args.copies, 1))
     device = torch.device(args.device)
 
@@ -50,6 +53,15 @@ def main():
         sys.exit("Nothing ran in tiles: the level has fitted")
     if not len(expected) or unlike > MOST_UNLIKE * (len(expected) + len(found)):
         sys.exit("Tiles and the whole picture have not the same faces")
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:0 or cpu (default: %(default)s)")
+    parser.add_argument(
+        "--copies", type=int, default=5, metavar="N", help="of the photograph, in each direction (default: %(default)s)"
+    )
+    return parser.parse_args(argv)
 
 
 class Messages(logging.Handler):

@@ -127,24 +127,23 @@ def check_values(leaves: dict, training: bool = True):
         raise ValueError(f"MODEL.BACKBONE.NAME {backbone!r} is not registered: correct it, or import what registers it")
 
 
-def check_device(device: str):
-    """Refuses a MODEL.DEVICE that this machine or torch does not have.
+def check_device(device: str, key: str = "MODEL.DEVICE"):
+    """Refuses a device that this machine or torch does not have.
+
+    Args:
+        key: what names it, for the message.
 
     Raises:
         ValueError: in one line the key, the reason and what to do.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is {device} and torch sees no GPU. "
-            "Add MODEL.DEVICE cpu to the command, or use a config of configs/quick."
-        )
+        message = f"{key} is {device} and torch sees no GPU. Add {key} cpu to the command"
+        raise ValueError(message + (", or use a config of configs/quick." if key == "MODEL.DEVICE" else "."))
     try:
         torch.empty(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["no reason"])[0]
-        raise ValueError(
-            f"MODEL.DEVICE {device!r} cannot be used ({reason}): set MODEL.DEVICE cpu, cuda or cuda:0"
-        ) from error
+        raise ValueError(f"{key} {device!r} cannot be used ({reason}): set {key} cpu, cuda or cuda:0") from error
 
 
 def _flat(value):
