@@ -21,6 +21,7 @@ from gs_d2.checkpoint import fetch_weights
 from gs_d2.command_line import bad_input_ends, folder_for, print_any_name
 from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
+from gs_d2.data.dataset_mapper import BadDataError
 from gs_d2.engine import Trainer, launch
 from gs_d2.engine.checks import check_classes, check_config, check_training
 from gs_d2.engine.value_checks import check_device
@@ -72,11 +73,18 @@ def built(cfg, args):
     return trainer
 
 
+def evaluated(cfg, model):
+    try:
+        return Trainer.test(cfg, model)
+    except BadDataError:  # an image cannot be read, whatever read it
+        with bad_input_ends():
+            raise
+
+
 def main(cfg, args):
     setup(cfg, args)
     if args.eval_only:
-        model = built(cfg, args)
-        results = Trainer.test(cfg, model)
+        results = evaluated(cfg, built(cfg, args))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A busy machine is slow at times; and `pytest --hypothesis-profile fuzz` is for hours (CONTRIBUTING.md).
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=10_000)
+settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=4_000)
 settings.load_profile("suite")
 _SHARED_DATA = Path(os.environ.get("GS_D2_SHARED_DATA", ROOT.parent / "shared" / "data"))
 

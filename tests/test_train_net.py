@@ -14,6 +14,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gs_d2.config import load_config
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quick/demo.yaml"
 OVERRIDES = """
@@ -255,6 +257,23 @@ def test_data_sets_are_looked_at_before_any_process(monkeypatch, tmp_path, nowhe
             *("OUTPUT_DIR", str(output)),
         )
     assert not output.exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_read_ends_an_evaluation_in_one_line(
+    monkeypatch, drawn_datasets, register, tmp_path, num_workers, refused
+):
+    shutil.copytree(drawn_datasets / "widerface", tmp_path / "widerface")
+    images = tmp_path / "widerface" / "WIDER_val" / "images"
+    for image in images.rglob("*.jpg"):
+        image.write_bytes(image.read_bytes()[:300])
+    name = f"damaged_val_{num_workers}"
+    register(name, tmp_path / "widerface/wider_face_split/wider_face_val_bbx_gt.txt", images)
+    scope = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")
+    opts = ["DATASETS.TEST", f"('{name}',)", "DATALOADER.NUM_WORKERS", num_workers, "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(ROOT / CONFIG, opts)
+    with refused(r"WIDER_val/images/\S+\.jpg: cannot be read as an image \([^\n]*\n$"):
+        scope["evaluated"](cfg, scope["Trainer"].build_model(cfg))
 
 
 def test_no_config_file(monkeypatch, capsys):

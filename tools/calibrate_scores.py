@@ -27,6 +27,7 @@ from gs_d2.config import load_config
 from gs_d2.conversion.converted import check_suffix
 from gs_d2.data.catalog import load_records
 from gs_d2.data.subset import register_subset
+from gs_d2.data.workers import explained
 from gs_d2.engine import Trainer
 from gs_d2.modeling.calibration import calibrate_head
 from gs_d2.weights import write_weights
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None):
     dataset = register_subset(args.dataset, args.images)
     loader, dataset_dicts = Trainer.build_test_loader(cfg, dataset), load_records(dataset, for_training=False)
     images = ((inputs[0], d) for inputs, d in zip(tqdm(loader, unit="image"), dataset_dicts, strict=True))
-    found = judged_detections(model.eval(), images)
+    with explained():
+        found = judged_detections(model.eval(), images)
     calibration, counts = calibration_of(found, rpn.anchor_generator.scales)
     if args.balance:
         calibration = balanced(calibration, found, args.balance)

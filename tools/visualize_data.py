@@ -25,6 +25,7 @@ from gs_d2.command_line import bad_input_ends, folder_for, parser_of
 from gs_d2.config import load_config
 from gs_d2.data import catalog
 from gs_d2.data.records import faces_of, name_of
+from gs_d2.data.workers import explained
 from gs_d2.engine import Trainer
 from gs_d2.formats.images import as_rgb
 from gs_d2.visualization import draw_annotations
@@ -88,7 +89,7 @@ def from_dataloader(cfg, num_images):
     if cfg.SEED < 0:
         cfg.SEED = secrets.randbelow(2**31)  # other views with every start
     loader = Trainer.build_train_loader(cfg)
-    with tqdm(total=num_images, desc="pictures", unit="image") as bar:
+    with explained(), tqdm(total=num_images, desc="pictures", unit="image") as bar:
         for batch in loader:
             for view in batch:
                 if bar.n == num_images:

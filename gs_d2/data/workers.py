@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 _SHARED_MEMORY = "/dev/shm"
 # What torch says of workers that died, and of a file descriptor that did not arrive.
 _OF_WORKERS = ("DataLoader worker", "received 0 items of ancdata")
+_OF_A_WORKER = "in DataLoader worker process"  # of what a worker has raised
 
 
 class InWorkers(Dataset):
@@ -67,13 +68,17 @@ def _send_error(queue: Queue, error: Exception, item) -> None:
 
 @contextlib.contextmanager
 def explained():
-    """Within it what torch raises of a worker that has died, which may be at any time, also says what to do."""
+    """Within it what torch raises of a worker that has died, which may be at any time, also says what to do; and what a
+    worker raises says what it said there, without the traceback that torch puts into its text."""
     try:
         yield
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _OF_WORKERS):
+    except Exception as error:
+        said, name = str(error), f"{type(error).__name__}: "
+        if _OF_A_WORKER in said and name in said:
+            raise type(error)(said.rsplit(name, 1)[1].strip()) from error
+        if not isinstance(error, RuntimeError) or not any(text in said for text in _OF_WORKERS):
             raise
-        raise RuntimeError(f"{error} {_advice(error)}") from error
+        raise RuntimeError(f"{said} {_advice(error)}") from error
 
 
 def _advice(error: Exception) -> str:

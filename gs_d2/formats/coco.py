@@ -19,7 +19,7 @@ class CocoAnnotations:
         annotations: dicts with `id` (unique, from 1 on, as pycocotools takes 0 for "no match"), `image_id`,
             `category_id` (of `images` and `categories`), `bbox` (x, y, w, h; w and h not negative), `area` and
             `iscrowd` (0 or 1). None where the file has no such list: the annotations of a test set are not public.
-        categories: dicts with `id` (int, unique) and `name`; at least one.
+        categories: dicts with `id` (int) and `name`, both unique; at least one.
         notes: in words what was completed; for a log.
     """
 
@@ -67,6 +67,7 @@ def check_coco(content, where: str) -> CocoAnnotations:
     if not categories:
         raise ValueError(f"{where}: categories is empty: name at least one class")
     _check_unique(categories, f"{where}: categories")
+    _check_unique(categories, f"{where}: categories", "name")  # of two, an evaluation would report one
     if "annotations" not in content:
         return CocoAnnotations(images, None, categories)
     counts = {"area": 0, "iscrowd": 0, "ignore": 0}
@@ -75,6 +76,8 @@ def check_coco(content, where: str) -> CocoAnnotations:
         _annotation(annotation, at, image_ids, category_ids, counts)
         for annotation, at in _entries(content, "annotations", where)
     ]
+    if annotations and all(map(_is_fraction, annotations)):
+        raise ValueError(f"{where}: no bbox leaves the first pixel: they must be in pixels, not parts of the image")
     notes = [f"{counts['area']} annotations without area have w * h"] if counts["area"] else []
     notes += [f"{counts['iscrowd']} without iscrowd are no crowds"] if counts["iscrowd"] else []
     notes += [f"{counts['ignore']} with the flag ignore are ignored, as crowds are"] if counts["ignore"] else []
@@ -169,12 +172,17 @@ def _annotation(annotation: dict, at: _Place, image_ids: set, category_ids: set,
     }
 
 
-def _check_unique(entries: list[dict], where: str):
+def _is_fraction(annotation: dict) -> bool:
+    x, y, w, h = annotation["bbox"]
+    return w > 0 and h > 0 and min(x, y) >= 0 and x + w <= 1 and y + h <= 1
+
+
+def _check_unique(entries: list[dict], where: str, key: str = "id"):
     seen = set()
     for i, entry in enumerate(entries):
-        if entry["id"] in seen:
-            raise ValueError(f"{where}[{i}]: id {_shown(entry['id'])} for the second time")
-        seen.add(entry["id"])
+        if entry[key] in seen:
+            raise ValueError(f"{where}[{i}]: {key} {_shown(entry[key])} for the second time")
+        seen.add(entry[key])
 
 
 def _whole(value) -> int | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from gs_d2.data.dataset_mapper import BadDataError
 from gs_d2.data.workers import InWorkers, explained
 from gs_d2.engine import TrainLoader
 
@@ -110,6 +111,29 @@ def test_what_cannot_be_handed_over_is_an_error(loader, make, message):
 def test_a_worker_that_dies_is_an_error(loader, number):
     with pytest.raises(RuntimeError, match=r"(?s)DataLoader worker.*/dev/shm.*DATALOADER\.NUM_WORKERS.*'Killed'"):
         loader(dies_of(number))
+
+
+def unreadable(row):
+    if row == 3:
+        raise BadDataError(f"{row}.jpg: cannot be read as an image (of a kind: that there is not)")
+    return row
+
+
+def gives_up(row):
+    try:
+        return unreadable(row)
+    except BadDataError as error:
+        raise RuntimeError("too many images are bad") from error
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_a_worker_says_is_said_in_one_line(loader):
+    with pytest.raises(BadDataError) as error:
+        loader(unreadable)
+    assert str(error.value) == "3.jpg: cannot be read as an image (of a kind: that there is not)"
+    with pytest.raises(RuntimeError) as error:
+        loader(gives_up)
+    assert str(error.value) == "too many images are bad"
 
 
 def test_other_errors_are_left_alone():

@@ -149,6 +149,23 @@ def test_wrong_parts(part):
     assert "categories is empty" in refusal({**content(), "categories": []})
 
 
+def test_two_categories_of_one_name():
+    given = content()
+    given["categories"] = [{"id": 9, "name": "face"}, {"id": 2, "name": "face"}]
+    for annotation in given["annotations"]:
+        annotation["category_id"] = 9
+    assert refusal(given) == "a.json: categories[1]: name 'face' for the second time"
+
+
+def test_parts_of_the_image_are_no_pixels():
+    given = content()
+    for annotation in given["annotations"]:
+        annotation["bbox"] = [0.25, 0.5, 0.5, 0.125]
+    assert "a.json: no bbox leaves the first pixel: they must be in pixels" in refusal(given)
+    given["annotations"][0]["bbox"] = [0.25, 0.5, 20, 0.125]
+    assert len(check_coco(given, "a.json").annotations) == 2
+
+
 def test_whole_numbers_may_be_floats():
     given = content()
     given["images"][1] |= {"id": 3.0, "height": 96.0}
