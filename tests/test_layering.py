@@ -847,7 +847,7 @@ def test_no_file_knows_a_detectors_name(path):
 
 SCRIPT_FOLDERS = (".", "benchmarks", "demo", "dev", "examples", "tools")
 # The modules of these folders that are no scripts.
-SHARED_MODULES = {"common", "toy"}
+SHARED_MODULES = {"adapters", "common", "toy"}
 # Scripts that tests use otherwise than by `main`, and why.
 TESTED_WHOLE = {
     "install_detectron2": "runs before gs_d2 is installed",
@@ -921,4 +921,4 @@ def test_what_a_test_uses_of_a_script_is_found(source, used):
 
 def test_the_scripts_stay_small():
     lines = {path: text_of(path).count("\n") for path in script_files()}
-    assert sum(lines[path] for path in lines if path.startswith(("benchmarks/", "dev/", "tools/"))) <= 2600
+    assert sum(lines[path] for path in lines if path.startswith(("benchmarks/", "dev/", "tools/"))) <= 3100
