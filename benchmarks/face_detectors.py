@@ -104,7 +104,7 @@ def parse(argv):
     parser.add_argument("--timed-images", type=positive, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="calls timed (default: %(default)s)")
     parser.add_argument(
-        "--keep", action="store_true", help="take predictions of an earlier run, and measure times only"
+        "--time-only", action="store_true", help="AP is of the predictions that --output has from before"
     )
     return parser.parse_args(argv)
 

