@@ -23,7 +23,7 @@ from gs_d2.config import load_config
 from gs_d2.data import check_data_sets
 from gs_d2.data.dataset_mapper import BadDataError
 from gs_d2.engine import Trainer, launch
-from gs_d2.engine.checks import check_classes, check_config, check_training
+from gs_d2.engine.checks import check_classes, check_config, check_trained_weights, check_training
 from gs_d2.engine.value_checks import check_device
 from gs_d2.modeling import fuse
 
@@ -37,13 +37,8 @@ def checked_config(args):
         check_training(cfg)
     cfg.freeze()
     check_device(cfg.MODEL.DEVICE)
-    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
-        raise ValueError("--eval-only needs weights: add MODEL.WEIGHTS path/to/model_final.pth to the command")
-    if args.eval_only and not args.resume and "://ImageNetPretrained/" in cfg.MODEL.WEIGHTS:
-        raise ValueError(
-            f"--eval-only with MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}, which are a backbone's alone: add MODEL.WEIGHTS "
-            "path/to/model_final.pth to the command"
-        )
+    if args.eval_only and not args.resume:
+        check_trained_weights(cfg.MODEL.WEIGHTS)
     train_names = None if args.eval_only else cfg.DATASETS.TRAIN
     check_data_sets(train_names, cfg.DATASETS.TEST, cfg.DATASETS.GS.MAX_MISSING)
     check_classes(cfg, training=not args.eval_only)
@@ -94,11 +89,7 @@ def main(cfg, args):
 if __name__ == "__main__":
     print_any_name()
     parser = default_argument_parser()
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="read weights that are pickles, which can run any code (docs/files.md)",
-    )
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights, which can run any code")
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is needed, for example configs/quick/demo.yaml")

@@ -83,6 +83,19 @@ def leaves(cfg, prefix=""):
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
+def check_trained_weights(weights: str):
+    """Refuses a MODEL.WEIGHTS that cannot be evaluated: none, or those of a backbone that Detectron2's catalog has.
+
+    Raises:
+        ValueError: saying what to add to the command.
+    """
+    what_to_do = "add MODEL.WEIGHTS path/to/model_final.pth to the command"
+    if not weights:
+        raise ValueError(f"--eval-only needs weights: {what_to_do}")
+    if "://ImageNetPretrained/" in weights:
+        raise ValueError(f"--eval-only with MODEL.WEIGHTS {weights}, which are a backbone's alone: {what_to_do}")
+
+
 def check_training(cfg):
     """Refuses settings of the solver that contradict each other or have no meaning.
 

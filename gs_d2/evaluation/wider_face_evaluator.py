@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Collection
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from gs_d2.data.records import check_record
 from gs_d2.evaluation.detection_evaluator import DetectionEvaluator, as_xywh, rows_of
 from gs_d2.evaluation.wider_face import SCALE_SUBSETS, WiderResult, evaluate_wider_face
 from gs_d2.formats.files import is_inside, quantize
-from gs_d2.formats.wider_face import GROUND_TRUTH_FILES, WiderGroundTruth
+from gs_d2.formats.wider_face import GROUND_TRUTH_FILES, OFFICIAL_SUBSETS, WiderGroundTruth
 from gs_d2.formats.wider_predictions import write_wider_predictions
 
 _logger = logging.getLogger(__name__)
@@ -102,24 +103,11 @@ class WiderFaceEvaluator(DetectionEvaluator):
         return OrderedDict({"wider_face": result.metrics()})
 
     def _ground_truth(self, detections) -> WiderGroundTruth:
-        metadata = MetadataCatalog.get(self._dataset_name)
-        folder = metadata.get("ground_truth_dir")
-        if folder and os.path.exists(os.path.join(folder, "wider_face_val.mat")):
-            ground_truth = WiderGroundTruth.from_mat_files(folder)
-            # The training images, or a dataset of the user's own, are not in the official files of val.
-            if not detections or not detections.keys().isdisjoint(ground_truth.image_ids):
-                image_ids = metadata.get("image_ids")
-                return ground_truth if image_ids is None else ground_truth.of_images(image_ids)
-        image_ids, boxes, attributes = [], [], []
-        for record in load_records(self._dataset_name, for_training=False):
-            faces = check_record(record, for_training=False)
-            image_ids.append(record["image_id"])
-            boxes.append(() if faces is None else faces.boxes)
-            invalid = {} if faces is None else {"invalid": faces.ignore}
-            attributes.append({**invalid, **record.get("attributes", {})})
-        ground_truth = WiderGroundTruth.from_boxes(image_ids, boxes, attributes)
-        if not len(ground_truth.boxes) or self._missing_are_named:  # the test set has no boxes
+        ground_truth = ground_truth_of(self._dataset_name, detections)
+        official = any(name in ground_truth.subsets for name in OFFICIAL_SUBSETS)
+        if official or not len(ground_truth.boxes) or self._missing_are_named:  # the test set has no boxes
             return ground_truth
+        folder = MetadataCatalog.get(self._dataset_name).get("ground_truth_dir")
         _logger.warning(
             f"No official subsets for {self._dataset_name}: easy, medium and hard need "
             f"wider_{{face,easy,medium,hard}}_val.mat (from the official evaluation tools) in {folder}; "
@@ -150,3 +138,32 @@ class WiderFaceEvaluator(DetectionEvaluator):
         write_wider_predictions(detections, self._output_dir / "submission.zip")
         _logger.info(f"{self._dataset_name} has no annotations; submission.zip is in {self._output_dir}")
         return OrderedDict()
+
+
+def ground_truth_of(dataset_name: str, image_ids: Collection[str] = ()) -> WiderGroundTruth:
+    """The annotated faces of a registered data set: of the official files, or without them of its records.
+
+    Args:
+        dataset_name: as :class:`WiderFaceEvaluator` takes it.
+        image_ids: the images that were processed. The official files are of val, so they are used only where they have
+            at least one of these; without any they are used.
+
+    Returns:
+        WiderGroundTruth: without boxes for the test set, whose annotations are not public.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    folder = metadata.get("ground_truth_dir")
+    if folder and os.path.exists(os.path.join(folder, "wider_face_val.mat")):
+        ground_truth = WiderGroundTruth.from_mat_files(folder)
+        # The training images, or a dataset of the user's own, are not in the official files of val.
+        if not image_ids or not set(image_ids).isdisjoint(ground_truth.image_ids):
+            of_data_set = metadata.get("image_ids")
+            return ground_truth if of_data_set is None else ground_truth.of_images(of_data_set)
+    of_records, boxes, attributes = [], [], []
+    for record in load_records(dataset_name, for_training=False):
+        faces = check_record(record, for_training=False)
+        of_records.append(record["image_id"])
+        boxes.append(() if faces is None else faces.boxes)
+        invalid = {} if faces is None else {"invalid": faces.ignore}
+        attributes.append({**invalid, **record.get("attributes", {})})
+    return WiderGroundTruth.from_boxes(of_records, boxes, attributes)
