@@ -504,6 +504,18 @@ def test_what_is_no_picture_in_a_folder_is_passed_over(made, pictures, tmp_path,
     assert "2 of 2 pictures failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ending", ["jxl", "SVG", "cr3", "NEF", "avif"])
+def test_pictures_that_pillow_does_not_read_are_named(made, pictures, tmp_path, capsys, ending):
+    """They count as failed, as HEIC does; documents and data in a folder are passed over."""
+    (pictures / f"l.{ending}").write_bytes(b"a picture of another kind")
+    (pictures / "k.pdf").write_bytes(b"%PDF-1.4")
+    (pictures / "p.h5").write_bytes(b"\x89HDF")
+    assert run("--input", pictures, "--output", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert f"l.{ending}: cannot be read as an image" in err and "1 of 5 pictures failed" in err
+    assert "convert it to JPEG" in err or ending == "avif"
+
+
 def test_heic_is_named_or_read(made, pictures, tmp_path, monkeypatch, capsys):
     (pictures / "l.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

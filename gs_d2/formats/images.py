@@ -23,14 +23,17 @@ class TransientReadError(OSError):
 # What Pillow knows by name and are no pictures: documents, programs, measured data, videos.
 _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
 _HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")  # what phones write
+# Pictures that Pillow reads in no version, or in some; most of them are what cameras call raw.
+_OTHER_SUFFIXES = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".jxl", ".jxr", ".nef", ".orf", ".raf", ".rw2", ".svg")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1", b"msf1")
 
 
 def picture_suffixes() -> tuple[str, ...]:
-    """The endings, in lower case, of files that are pictures: those that Pillow reads, and HEIC."""
+    """The endings, in lower case, of files that are pictures: those that Pillow reads, and others such as HEIC, of
+    which :func:`as_rgb` says what to do."""
     suffixes = Image.registered_extensions()  # loads all formats
     known = [suffix for suffix, name in suffixes.items() if name in Image.OPEN and name not in _NO_PICTURES]
-    return (*known, *_HEIF_SUFFIXES)
+    return (*known, *_HEIF_SUFFIXES, *(suffix for suffix in _OTHER_SUFFIXES if suffix not in known))
 
 
 def as_rgb(image) -> Image.Image:
@@ -128,10 +131,13 @@ def _raise_if_transient(path: str, error: Exception) -> None:
 
 
 def _opened(path: str) -> Image.Image:
-    """`Image.open`, and a word on the package that reads HEIC."""
+    """`Image.open`, and a word on what reads the pictures that it does not."""
     try:
         return Image.open(path)
-    except Image.UnidentifiedImageError:
+    except Image.UnidentifiedImageError as error:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in _OTHER_SUFFIXES and suffix not in Image.registered_extensions():
+            raise ValueError("a kind of pictures that this Pillow does not read: convert it to JPEG") from error
         if not _is_heif(path):
             raise
     try:
