@@ -48,7 +48,7 @@ def is_inside(name: str) -> bool:
 
 
 def is_zip(path: str | os.PathLike) -> bool:
-    """`zipfile.is_zipfile`, which raises for some damaged ones: those are zips, too, and whoever opens them says more."""
+    """`zipfile.is_zipfile`, but True for damaged ones at which that raises: who opens them says more."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
