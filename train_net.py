@@ -54,7 +54,7 @@ def setup(cfg, args):
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gs_d2")
 
 
-@bad_input_ends(RuntimeError, TypeError)  # of layers that cannot be made
+@bad_input_ends(AttributeError, IndexError, RuntimeError, TypeError)  # of layers that cannot be made
 def built(cfg, args):
     """The model to evaluate, or the trainer, with its weights."""
     if args.eval_only:

@@ -93,6 +93,8 @@ def bad_input_ends(*others: type[Exception], one_line: bool = True):
         yield
     except (*BAD_INPUT, *others) as error:
         text = " ".join(str(error).split()) if one_line else str(error)
+        if isinstance(error, LookupError) and " " not in text:  # but the name that was looked up
+            text = f"something is named that is not there ({type(error).__name__}: {text})"
         if isinstance(error, ModuleNotFoundError):
             text += f"; install it: pip install {error.name}"
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gs_d2.formats.files import is_zip
 from gs_d2.formats.whole_file import write_whole
 
 _MAX_UNPACKED = 4  # times its size that a .pth may hold; torch's own are not compressed
@@ -33,7 +34,7 @@ def read_weights(path: str | os.PathLike, *, allow_pickle: bool = False, mmap: b
         raise FileNotFoundError(f"no such weights: {path}")
     if path.endswith(".safetensors"):
         return {"model": _read_safetensors(path)}
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         _check_zip(path)
     else:
         mmap = False  # torch's old format

@@ -80,7 +80,7 @@ RULES = {
     "command line": Rule(files=("gs_d2/command_line.py",), may=()),
     "weights": Rule(  # without Detectron2
         files=("gs_d2/weights.py",),
-        may=("numpy", "torch", "safetensors", "gs_d2.formats.whole_file"),
+        may=("numpy", "torch", "safetensors", "gs_d2.formats.files", "gs_d2.formats.whole_file"),
         never=(TORCH_OPS_DIRECTLY,),
     ),
     "checkpoint": Rule(

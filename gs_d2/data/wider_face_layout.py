@@ -3,6 +3,7 @@
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from gs_d2.formats.files import is_zip
 from gs_d2.formats.folders import files_below, is_system_file, walk
 
 LISTS = {split: f"wider_face_{split}_bbx_gt.txt" for split in ("train", "val")} | {
@@ -37,7 +38,7 @@ def find_parts(sources: list[Path]) -> list[tuple[str, Path]]:
         if not source.exists():
             raise ValueError(f"{source}: no such file or folder")
         if source.is_file():
-            if not zipfile.is_zipfile(source):
+            if not is_zip(source):
                 raise ValueError(f"{source}: not a zip, or damaged; download it again")
             found.append(("zip", source))
             continue

@@ -57,7 +57,7 @@ def _check_defaults(cfg, rows):
     on_coco = any(name.startswith("coco") for name in cfg.DATASETS.TRAIN)
     values, kept = dict(leaves(cfg)), cfg.MODEL.GS.KEEP_DEFAULTS
     for key in kept:
-        if key not in values:
+        if not isinstance(key, str) or key not in values:
             raise ValueError(f"MODEL.GS.KEEP_DEFAULTS names {key!r}, which is no key of the config")
     broken = [
         row

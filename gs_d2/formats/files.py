@@ -47,6 +47,14 @@ def is_inside(name: str) -> bool:
     )
 
 
+def is_zip(path: str | os.PathLike) -> bool:
+    """`zipfile.is_zipfile`, but True for damaged ones at which that raises: who opens them says more."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
 def open_zip(path: str | os.PathLike, limits: ZipLimits) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     """An archive and its files by name, with forward slashes; nothing is unpacked.
 
@@ -122,7 +130,7 @@ class FileTree:
             raise FileNotFoundError(f"{self.path}: no such file or folder")
         if self.path.is_dir():
             self.names = sorted(path.relative_to(self.path).as_posix() for path in files_below(self.path))
-        elif zipfile.is_zipfile(self.path):
+        elif is_zip(self.path):
             self._zip, self._members = open_zip(self.path, _PREDICTIONS)
             self.names = sorted(self._members)
         elif self.path.suffix.lower() == ".zip":

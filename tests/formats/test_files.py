@@ -2,11 +2,14 @@
 
 import os
 import stat
+import struct
 import zipfile
 
 import pytest
 
+from gs_d2.data.wider_face_layout import find_parts
 from gs_d2.formats.files import FileTree, ZipLimits, is_inside, open_zip, parse_rows
+from gs_d2.weights import read_weights
 
 
 def make_zip(path, entries, method=zipfile.ZIP_DEFLATED):
@@ -132,3 +135,18 @@ def test_rows_of_no_use_are_named(row, message):
     with pytest.raises(ValueError, match=rf"p\.txt, {message}"):
         parse_rows(["1 2 3", row, "4 5 6"], 7, 3, "p.txt")
     assert parse_rows(["1 2 9.9e8", "", "4 5 -6"], 7, 3, "p.txt").tolist() == [[1, 2, 9.9e8], [4, 5, -6]]
+
+
+def test_a_zip_at_which_python_raises_when_it_is_asked_whether_it_is_one(tmp_path):
+    """One that says that there are other parts of it."""
+    path = make_zip(tmp_path / "a.zip", {"a.txt": "x"})
+    content = path.read_bytes()
+    end = content.rindex(b"PK\5\6")
+    path.write_bytes(content[:end] + b"PK\6\7" + struct.pack("<LQL", 0, 0, 2) + content[end:])
+    with pytest.raises(zipfile.BadZipFile):
+        zipfile.is_zipfile(path)
+    with pytest.raises(ValueError, match=r"a\.zip: not a readable zip file \(zipfiles that span multiple disks"):
+        FileTree(path)
+    with pytest.raises(ValueError, match=r"a\.zip cannot be read as weights \(zipfiles that span multiple disks"):
+        read_weights(path)
+    assert find_parts([path]) == [("zip", path)]
