@@ -57,6 +57,7 @@ COMMANDS = {
     "convert_to_timm": ["{root}/binary", "--output", "{out}/x.pth"],
     "convert_torchvision": ["{root}/binary", "--output", "{out}/x.pth"],
     "detector": ["--output", "{out}", "--device", "cpu", "--repeats", "1"],
+    "face_detectors": ["--output", "{out}", "--dataset", "generated_val", "--detectors", "yunet"],
     "demo": ["--config-file", DEMO, "--input", "{picture}", "--output", "{out}"],
     "evaluate": ["wider_face", "--predictions", "{predictions}", "--ground-truth", "{mats}"],
     "export_model": [
@@ -211,6 +212,7 @@ def test_wrong_values(name, surroundings, monkeypatch, capsys):
 OUTPUTS = {  # script -> the flags that name what it writes
     "detector": "--output",
     "ops": "--output",
+    "face_detectors": "--output",
     "quickstart": "--output",
     "demo": "--output --json --save-crops",
     "evaluate": "--output",
