@@ -69,7 +69,9 @@ using Reservoirs = std::vector<std::vector<uint64_t>>;
 // Writes -1 to the sampled_labels of the chunks in [chunk_begin, chunk_end) and returns the candidates among them.
 Reservoirs cpu_subsample_collect(const SubsampleProblem& problem, int64_t chunk_begin, int64_t chunk_end);
 
-// Samples from the candidates of all ranges (merged into `reservoirs`, any order) and writes the sampled labels.
-void cpu_subsample_draw(const SubsampleProblem& problem, Reservoirs& reservoirs);
+// Samples from the candidates of all ranges (merged into `reservoirs`, any order), for groups in [group_begin,
+// group_end), and writes the sampled labels.
+void cpu_subsample_draw(const SubsampleProblem& problem, Reservoirs& reservoirs, int64_t group_begin,
+                        int64_t group_end);
 
 }  // namespace gs_d2

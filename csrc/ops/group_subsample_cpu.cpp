@@ -41,7 +41,10 @@ Tensor group_subsample_cpu(const Tensor& match_labels, const Tensor& group_idxs,
       const std::lock_guard<std::mutex> lock(merging);
       for (size_t s = 0; s < merged.size(); ++s) merged[s].insert(merged[s].end(), part[s].begin(), part[s].end());
     });
-    cpu_subsample_draw(problem, merged);
+    // Groups are apart from each other; for few anchors other threads would take longer to start than to help.
+    const int64_t group_grain = problem.num_chunks() > kGrain ? 1 : num_groups;
+    parallel_for(0, num_groups, group_grain,
+                 [&](int64_t begin, int64_t end) { cpu_subsample_draw(problem, merged, begin, end); });
   }
   return sampled;
 }
