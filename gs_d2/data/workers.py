@@ -8,6 +8,8 @@ torch would wait for that image for ever. A worker that the system kills is noti
 import contextlib
 import os
 import shutil
+import traceback
+from multiprocessing import resource_sharer
 from multiprocessing.queues import Queue
 
 from torch._utils import ExceptionWrapper
@@ -17,6 +19,7 @@ _SHARED_MEMORY = "/dev/shm"
 # What torch says of workers that died, and of a file descriptor that did not arrive.
 _OF_WORKERS = ("DataLoader worker", "received 0 items of ancdata")
 _OF_A_WORKER = "in DataLoader worker process"  # of what a worker has raised
+_ADVICE_ON_FILES = "Raise the limit of open files (ulimit -n), or set DATALOADER.NUM_WORKERS 0"
 
 
 class InWorkers(Dataset):
@@ -73,6 +76,10 @@ def explained():
     try:
         yield
     except Exception as error:
+        if isinstance(error, EOFError | ConnectionError) and _is_of_handing_over(error):
+            # Of a worker that lives: torch itself names one that has died.
+            message = f"A loader worker cannot hand over what it has loaded: it has closed the connection ({error!r})."
+            raise RuntimeError(f"{message} {_ADVICE_ON_FILES}") from error
         said, name = str(error), f"{type(error).__name__}: "
         if _OF_A_WORKER in said and name in said:
             raise type(error)(said.rsplit(name, 1)[1].strip()) from error
@@ -81,10 +88,16 @@ def explained():
         raise RuntimeError(f"{said} {_advice(error)}") from error
 
 
+def _is_of_handing_over(error: Exception) -> bool:
+    """Whether it was raised where Python asks a worker for a file descriptor."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == resource_sharer.__file__ for frame, _ in frames)
+
+
 def _advice(error: Exception) -> str:
     said = str(error)
     if "Too many open files" in said or "ancdata" in said:
-        return "Raise the limit of open files (ulimit -n), or set DATALOADER.NUM_WORKERS 0"
+        return _ADVICE_ON_FILES
     if not any(text in said for text in ("shared memory", "/torch_", "No space left", *_OF_WORKERS)):
         return "Correct what the data set's mapper returns; with DATALOADER.NUM_WORKERS 0 it need not be handed over"
     room = ""

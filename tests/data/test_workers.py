@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_what_cannot_be_handed_over_is_an_error(loader, make, message):
     with pytest.raises(RuntimeError, match=f"(?s){message}") as error:
         loader(make)
     assert "DATALOADER.NUM_WORKERS" in str(error.value)
+
+
+def test_what_can_no_longer_be_fetched_from_a_worker_is_an_error():
+    """The worker has sent an image, and is out of file descriptors when this process asks for the image's memory."""
+
+    def make(row):
+        if row == 3:
+            time.sleep(1)  # until those before are sent
+        return too_many_files(row)
+
+    loader = iter(DataLoader(InWorkers(Items(make)), 1, num_workers=1, collate_fn=list, prefetch_factor=8))
+    time.sleep(3)
+    with pytest.raises(RuntimeError, match=r"cannot hand over .*\(ulimit -n\), or set DATALOADER\.NUM_WORKERS 0"):
+        with explained():
+            list(loader)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
