@@ -76,8 +76,8 @@ GS_MULTIVERSION(mark_rivals,
 
 // Leaves the `count` smallest keys, the largest of them last. 1 <= count <= keys.size().
 //
-// What std::nth_element does, in two passes without a branch to mispredict: it has the bin of a histogram only to select
-// from, in which the last of them is.
+// It does what std::nth_element does, with fewer branches that are mispredicted: a histogram tells which bin holds the
+// last of them, and only the keys of that bin are compared with each other.
 void keep_smallest(std::vector<uint64_t>& keys, int64_t count) {
   constexpr int kBinBits = 9;
   const auto [least, most] = std::minmax_element(keys.begin(), keys.end());
