@@ -35,7 +35,21 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict):
     """Loads what `optimizer.state_dict()` gave, but keeps the optimizer's own options (weight decay, momentum, ...), so
-    that those of a resumed run's config count. The rates are the state's: they are the scheduler's to set."""
+    that those of a resumed run's config count. The rates are the state's: they are the scheduler's to set.
+
+    Raises:
+        ValueError: the state is of other groups of parameters.
+    """
+    before, now = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if before != now:
+        raise ValueError(
+            f"--resume: the checkpoint's run trained {sum(before)} parameters in {len(before)} groups, and this run "
+            f"trains {sum(now)} in {len(now)}. Set what decides this as it was (MODEL.BACKBONE.FREEZE_AT, "
+            "SOLVER.GS.BACKBONE_MULTIPLIER, SOLVER.BIAS_LR_FACTOR, SOLVER.WEIGHT_DECAY_NORM), or begin with the "
+            "weights alone: MODEL.WEIGHTS path/to/checkpoint.pth without --resume"
+        )
     own = [{key: value for key, value in group.items() if key not in _OF_STATE} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, options in zip(optimizer.param_groups, own, strict=True):

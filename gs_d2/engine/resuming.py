@@ -24,6 +24,7 @@ class RunSettings:
         accumulation_steps, weight_decay: SOLVER.GS.ACCUMULATION_STEPS, SOLVER.WEIGHT_DECAY.
         seed: SEED, or the one chosen in its place.
         optimizer: SOLVER.GS.OPTIMIZER; "" in checkpoints that do not say.
+        backbone_multiplier: SOLVER.GS.BACKBONE_MULTIPLIER; None in checkpoints that do not say.
     """
 
     world_size: int
@@ -35,6 +36,7 @@ class RunSettings:
     weight_decay: float
     seed: int
     optimizer: str = ""
+    backbone_multiplier: float | None = None
 
     @classmethod
     def of(cls, cfg, reference_world_size: int) -> "RunSettings":
@@ -54,6 +56,7 @@ class RunSettings:
             weight_decay=solver.WEIGHT_DECAY,
             seed=cfg.SEED,
             optimizer=solver.GS.OPTIMIZER,
+            backbone_multiplier=solver.GS.BACKBONE_MULTIPLIER,
         )
 
     @property
@@ -145,6 +148,10 @@ def report_changes(before: RunSettings, now: RunSettings, scheduler):
         changes.append(f"SOLVER.BASE_LR {now.base_lr:g} (before {expected:g}{kept})")
     if now.weight_decay != before.weight_decay:
         changes.append(f"SOLVER.WEIGHT_DECAY {now.weight_decay:g} (before {before.weight_decay:g})")
+    if before.backbone_multiplier not in (None, now.backbone_multiplier):
+        changes.append(
+            f"SOLVER.GS.BACKBONE_MULTIPLIER {now.backbone_multiplier:g} (before {before.backbone_multiplier:g})"
+        )
     if now.seed != before.seed:
         changes.append(f"SEED {now.seed} (before {before.seed}), so that images and samples come in another order")
     if changes:

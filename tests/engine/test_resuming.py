@@ -187,6 +187,22 @@ def test_another_optimizer_is_refused_with_both(drawn_datasets, tmp_path, before
         trainer_of(drawn_datasets, tmp_path, "SOLVER.GS.OPTIMIZER", now, resume=True)
 
 
+def test_another_rate_of_the_backbone_counts_and_is_said(drawn_datasets, tmp_path, warnings):
+    opts = ("SOLVER.GS.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 0.01, "SOLVER.GS.BACKBONE_MULTIPLIER")
+    trainer_of(drawn_datasets, tmp_path, *opts, 0.5).train()
+    (tmp_path / "last_checkpoint").write_text("model_0000000.pth")
+    trainer = trainer_of(drawn_datasets, tmp_path, *opts, 0.25, resume=True)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.01, 0.0025}
+    assert "SOLVER.GS.BACKBONE_MULTIPLIER 0.25 (before 0.5)" in " ".join(warnings)
+
+
+def test_other_parameters_than_the_checkpoint_s_are_refused(drawn_datasets, tmp_path):
+    trainer_of(drawn_datasets, tmp_path, "MODEL.BACKBONE.FREEZE_AT", 2).train()
+    (tmp_path / "last_checkpoint").write_text("model_0000000.pth")
+    with pytest.raises(ValueError, match=r"--resume: the checkpoint's run trained \d+ parameters in .*FREEZE_AT"):
+        trainer_of(drawn_datasets, tmp_path, "MODEL.BACKBONE.FREEZE_AT", 3, resume=True)
+
+
 def test_checkpoints_say_how_many_images_were_seen(halfway):
     run = torch.load(halfway, weights_only=True)["trainer"]["run"]
     assert run["images_seen"] == run["ims_per_batch"] * run["accumulation_steps"] > 0
