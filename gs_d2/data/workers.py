@@ -8,6 +8,8 @@ torch would wait for that image for ever. A worker that the system kills is noti
 import contextlib
 import os
 import shutil
+import signal
+import threading
 import traceback
 from multiprocessing import resource_sharer
 from multiprocessing.queues import Queue
@@ -18,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 _SHARED_MEMORY = "/dev/shm"
 # What torch says of workers that died, and of a file descriptor that did not arrive.
 _OF_WORKERS = ("DataLoader worker", "received 0 items of ancdata")
+_SECONDS_AFTER_SIGTERM = 60
 _OF_A_WORKER = "in DataLoader worker process"  # of what a worker has raised
 _ADVICE_ON_FILES = "Raise the limit of open files (ulimit -n), or set DATALOADER.NUM_WORKERS 0"
 
@@ -39,14 +42,24 @@ class InWorkers(Dataset):
 def prepare_worker() -> None:
     """In a loader worker, before its first item is handed over; does nothing elsewhere.
 
-    What cannot be handed over becomes a RuntimeError of the process that waits for it. And the worker leaves the
-    process group, to all of which torchrun sends SIGTERM: when workers end is for the training process to decide, which
-    first finishes its iteration.
+    What cannot be handed over becomes a RuntimeError of the process that waits for it. And when workers end is for the
+    training process to decide, which first finishes its iteration: the worker leaves the process group, to all of which
+    torchrun sends SIGTERM, and a SIGTERM of its own, which Slurm sends to every process, ends it later.
     """
     if get_worker_info() is not None:
         Queue._on_queue_feeder_error = _send_error
         if os.getpgrp() != os.getpid():
             os.setpgid(0, 0)
+            if hasattr(signal, "sigwaitinfo"):  # not on macOS
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+                threading.Thread(target=_await_sigterm, daemon=True).start()
+
+
+def _await_sigterm():
+    """Ends the worker at once if the process that it works for wants it to, else later."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        signal.alarm(_SECONDS_AFTER_SIGTERM)
+    os._exit(0)  # as torch's own handler does
 
 
 class _Unsent(ExceptionWrapper):

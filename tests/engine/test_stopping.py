@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -37,18 +38,26 @@ def wait_for(path, process) -> str:
     return path.read_text()
 
 
+def below(pid) -> list[int]:
+    """Its children, theirs, and so on."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    return [each for child in map(int, found) for each in (child, *below(child))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["torchrun", "one process"])
+@pytest.mark.parametrize("to", ["torchrun", "one process", "every process"])
 def test_a_signal_is_a_checkpoint_and_resuming_as_if_nothing_had_been(drawn_datasets, tmp_path, to):
-    """Of the whole torchrun, as Slurm and containers send it, with loader workers; and of one of its processes."""
-    opts = (*OPTS, "DATALOADER.NUM_WORKERS", 1 if to == "torchrun" else 0)
+    """To the whole torchrun, as containers send it; to one of its processes; to all, loader workers too, as Slurm does."""
+    opts = (*OPTS, "DATALOADER.NUM_WORKERS", 0 if to == "one process" else 1)
     process = start_torchrun(drawn_datasets, tmp_path / "stopped", *opts, more=WAITING)
     pid = int(wait_for(tmp_path / "stopped" / "pid", process))
-    os.kill(process.pid if to == "torchrun" else pid, signal.SIGTERM)
+    targets = {"torchrun": [process.pid], "one process": [pid], "every process": [process.pid, *below(process.pid)]}
+    for target in targets[to]:
+        os.kill(target, signal.SIGTERM)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "SIGTERM: saving after iteration 2 and ending with exit code 75" in printed, printed[-5000:]
-    assert to == "torchrun" or f"exitcode  : {EXIT_CODE}" in printed or f"exitcode: {EXIT_CODE}" in printed
+    assert to != "one process" or f"exitcode  : {EXIT_CODE}" in printed or f"exitcode: {EXIT_CODE}" in printed
     output = tmp_path / "stopped"
     assert (output / "last_checkpoint").read_text() == "model_0000002.pth"
     assert list(seen(output)) == [0, 1, 2] and not (output / "model_final.pth").exists()
