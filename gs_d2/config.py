@@ -172,7 +172,7 @@ def add_gs_config(cfg):
     # gradients and makes one optimizer step: the effective batch is the product. BASE_LR and MAX_ITER stay as they are.
     cfg.SOLVER.GS.ACCUMULATION_STEPS = 1
     # When a loss is infinite or NaN: "stop", naming the images and saving the batch, or "skip" that iteration's step
-    # (in all processes; it stops all the same after 20 in a row).
+    # (in all processes; training stops at the 21st in a row).
     cfg.SOLVER.GS.NONFINITE_LOSS = "stop"
     # Above 0, say 0.999: evaluations and checkpoints have an exponential moving average of the weights; every optimizer
     # step keeps this share of it (at first less: docs/training.md). Not scaled to the number of processes. 0 = none.

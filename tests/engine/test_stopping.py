@@ -47,7 +47,7 @@ def below(pid) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun", "one process", "every process"])
 def test_a_signal_is_a_checkpoint_and_resuming_as_if_nothing_had_been(drawn_datasets, tmp_path, to):
-    """To the whole torchrun, as containers send it; to one of its processes; to all, loader workers too, as Slurm does."""
+    """To torchrun, as containers send it; to one of its processes; to all, loader workers too, as Slurm does."""
     opts = (*OPTS, "DATALOADER.NUM_WORKERS", 0 if to == "one process" else 1)
     process = start_torchrun(drawn_datasets, tmp_path / "stopped", *opts, more=WAITING)
     pid = int(wait_for(tmp_path / "stopped" / "pid", process))
