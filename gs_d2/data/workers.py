@@ -6,10 +6,13 @@ torch would wait for that image for ever. A worker that the system kills is noti
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
+import sys
 import threading
+import time
 import traceback
 from multiprocessing import resource_sharer
 from multiprocessing.queues import Queue
@@ -21,6 +24,7 @@ _SHARED_MEMORY = "/dev/shm"
 # What torch says of workers that died, and of a file descriptor that did not arrive.
 _OF_WORKERS = ("DataLoader worker", "received 0 items of ancdata")
 _SECONDS_AFTER_SIGTERM = 60
+_SECONDS_TO_BE_HEARD = 5
 _OF_A_WORKER = "in DataLoader worker process"  # of what a worker has raised
 _ADVICE_ON_FILES = "Raise the limit of open files (ulimit -n), or set DATALOADER.NUM_WORKERS 0"
 
@@ -48,11 +52,22 @@ def prepare_worker() -> None:
     """
     if get_worker_info() is not None:
         Queue._on_queue_feeder_error = _send_error
+        sys.excepthook = _end_without_files
         if os.getpgrp() != os.getpid():
             os.setpgid(0, 0)
             if hasattr(signal, "sigwaitinfo"):  # not on macOS
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
                 threading.Thread(target=_await_sigterm, daemon=True).start()
+
+
+def _end_without_files(kind, error, trace):
+    """Called where Python's thread that hands over file descriptors fails. It would try again without end, and the
+    process that waits for one would wait: that is told by a closed connection, before this worker ends."""
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, OSError) and error.errno == errno.EMFILE and _is_of_handing_over(error):
+        resource_sharer._resource_sharer._listener.close()
+        time.sleep(_SECONDS_TO_BE_HEARD)
+        os._exit(1)
 
 
 def _await_sigterm():
@@ -89,7 +104,7 @@ def explained():
     try:
         yield
     except Exception as error:
-        if isinstance(error, EOFError | ConnectionError) and _is_of_handing_over(error):
+        if isinstance(error, EOFError | OSError) and _is_of_handing_over(error):
             # Of a worker that lives: torch itself names one that has died.
             message = f"A loader worker cannot hand over what it has loaded: it has closed the connection ({error!r})."
             raise RuntimeError(f"{message} {_ADVICE_ON_FILES}") from error
