@@ -88,9 +88,6 @@ def add_gs_config(cfg):
     # Levels of gs_d2.modeling.Context on the coarsest map of the top-down path, for anchors that are larger than what
     # the backbone sees; 0 is none, as in the paper.
     cfg.MODEL.GS.CONTEXT_LEVELS = 0
-    # Blocks of gs_d2.modeling.Residual on each map of the top-down path between the coarsest and the finest, after its
-    # sum; 0 is none, as in the paper.
-    cfg.MODEL.GS.RESIDUAL_BLOCKS = 0
     _register_renamed(cfg)
 
     # A backbone of the package timm, for MODEL.BACKBONE.NAME build_timm_topdown_backbone (docs/backbones.md).

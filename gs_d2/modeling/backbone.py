@@ -61,29 +61,6 @@ class Context(nn.Module):
         return coarse
 
 
-class Residual(nn.Module):
-    """x + two 3x3 convolutions of x. Those of a new module give 0, so that it can be put into a trained detector."""
-
-    def __init__(self, channels: int, norm: str):
-        """
-        Args:
-            channels: of the map and between the convolutions.
-            norm: of the first convolution, see :func:`detectron2.layers.get_norm`; "" is none.
-        """
-        super().__init__()
-        self.conv1 = Conv2d(
-            channels, channels, 3, padding=1, bias=norm == "", norm=get_norm(norm, channels), activation=F.relu
-        )
-        self.conv2 = Conv2d(channels, channels, 3, padding=1)
-        weight_init.c2_msra_fill(self.conv1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
-        return x + self.conv2(self.conv1(x))
-
-
 class TopDown(Backbone):
     """1x1 lateral convolutions, bilinear x2 upsampling and elementwise sums.
 
@@ -98,7 +75,6 @@ class TopDown(Backbone):
         norm: str = "",
         top_block: nn.Module | None = None,
         context_levels: int = 0,
-        residual_blocks: int = 0,
     ):
         """
         Args:
@@ -107,7 +83,6 @@ class TopDown(Backbone):
             norm: normalisation after each lateral convolution, see :func:`detectron2.layers.get_norm`; "" is none.
             top_block: makes one more map of half the size and `out_channels` channels from the coarsest one.
             context_levels: of :class:`Context` on the coarsest map; 0 is none.
-            residual_blocks: of :class:`Residual` after each sum but the last, whose map is the finest and the largest.
         """
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -138,13 +113,6 @@ class TopDown(Backbone):
         if context_levels < 0 or (context_levels and not norm):
             raise ValueError("CONTEXT_LEVELS must be at least 0, and above 0 it needs a norm (MODEL.FPN.NORM)")
         self.context = Context(out_channels, context_levels, norm) if context_levels else None
-        if residual_blocks < 0:
-            raise ValueError(f"RESIDUAL_BLOCKS must be at least 0, got {residual_blocks}")
-        self.residual = nn.ModuleDict()
-        if residual_blocks:
-            for name in self._lateral_outputs[1:-1]:
-                blocks = (Residual(out_channels, norm) for _ in range(residual_blocks))
-                self.residual[name] = nn.Sequential(*blocks)
         self.top_block = top_block
         if top_block is not None:
             self._size_divisibility *= 2
@@ -170,8 +138,6 @@ class TopDown(Backbone):
                 lateral = lateral if self.context is None else self.context(lateral)
             else:
                 lateral = lateral + F.interpolate(top_down, scale_factor=2, mode="bilinear", align_corners=False)
-            if out_name in self.residual:
-                lateral = self.residual[out_name](lateral)
             outputs[out_name] = top_down = lateral
         if self.top_block is not None:
             outputs[self._top_name] = self.top_block(outputs[self._lateral_outputs[-1]])
@@ -198,7 +164,6 @@ def build_resnet_topdown_backbone(cfg, input_shape: ShapeSpec, top_block: nn.Mod
         norm=cfg.MODEL.FPN.NORM,
         top_block=top_block,
         context_levels=cfg.MODEL.GS.CONTEXT_LEVELS,
-        residual_blocks=cfg.MODEL.GS.RESIDUAL_BLOCKS,
     )
 
 

@@ -340,5 +340,4 @@ def build_timm_topdown_backbone(cfg, input_shape: ShapeSpec):
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         context_levels=cfg.MODEL.GS.CONTEXT_LEVELS,
-        residual_blocks=cfg.MODEL.GS.RESIDUAL_BLOCKS,
     )

@@ -92,29 +92,6 @@ def test_context_levels_that_cannot_be(levels, norm):
         TopDown(BottomUp(), ["res2"], 8, norm=norm, context_levels=levels)
 
 
-def test_residual_blocks_begin_as_nothing_and_are_between_the_coarsest_and_the_finest_map():
-    torch.manual_seed(0)
-    net = TopDown(BottomUp(), ["res2", "res3", "res4"], 8, norm=GROUP_NORM, residual_blocks=2)
-    plain = TopDown(BottomUp(), ["res2", "res3", "res4"], 8, norm=GROUP_NORM)
-    missing = net.load_state_dict(plain.state_dict(), strict=False)
-    assert {key.split(".conv")[0] for key in missing.missing_keys} == {"residual.p3.0", "residual.p3.1"}
-    image = torch.rand(1, 3, 64, 96)
-    before, expected = net(image), plain(image)
-    assert all(torch.equal(before[name], expected[name]) for name in expected)
-    for block in net.residual["p3"]:
-        nn.init.normal_(block.conv2.weight)
-    after = net(image)
-    p3 = net.residual["p3"](before["p3"])
-    assert torch.equal(after["p4"], before["p4"]) and torch.equal(after["p3"], p3)
-    up = F.interpolate(p3 - before["p3"], scale_factor=2, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(after["p2"], before["p2"] + up)
-
-
-def test_residual_blocks_that_cannot_be():
-    with pytest.raises(ValueError, match="RESIDUAL_BLOCKS must be at least 0, got -1"):
-        TopDown(BottomUp(), ["res2"], 8, residual_blocks=-1)
-
-
 def test_top_down_needs_doubling_strides():
     with pytest.raises(ValueError, match="in_features must double in stride"):
         TopDown(BottomUp(), ["res2", "res4"], 8)
