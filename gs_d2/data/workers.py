@@ -67,7 +67,7 @@ def _end_without_files(kind, error, trace):
     if isinstance(error, OSError) and error.errno == errno.EMFILE and _is_of_handing_over(error):
         resource_sharer._resource_sharer._listener.close()
         time.sleep(_SECONDS_TO_BE_HEARD)
-        os._exit(1)
+        os._exit(0)  # any other code would be an error of its own, wherever the process then is
 
 
 def _await_sigterm():

@@ -357,7 +357,7 @@ bool subsample_case() {
                                    uint32_t(first_image + b),
                                    want.get() + b * n};
     Reservoirs reservoirs = cpu_subsample_collect(problem, 0, problem.num_chunks());
-    cpu_subsample_draw(problem, reservoirs);
+    for (int64_t g = 0; g < problem.num_groups; ++g) cpu_subsample_draw(problem, reservoirs, g, g + 1);
   }
   return sampled.equals(want);
 }

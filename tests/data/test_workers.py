@@ -98,7 +98,8 @@ def test_what_works_arrives(loader):
     [
         (unpicklable, "cannot hand over what it has loaded: .*pickle.*Correct what the data set's mapper returns"),
         (too_large_a_file, r"cannot hand over .*File too large.* in /dev/shm, which has \d+ MB, \d+ MB of them free"),
-        (too_many_files, r"cannot hand over .*Too many open files.*\(ulimit -n\), or set DATALOADER\.NUM_WORKERS 0"),
+        # How many files it still gets before that depends on the time.
+        (too_many_files, r"cannot hand over .*(Too many open f|closed the c).*\(ulimit -n\), or set DATALOADER"),
     ],
 )
 def test_what_cannot_be_handed_over_is_an_error(loader, make, message):
