@@ -301,8 +301,8 @@ def test_eval_only_minds_no_setting_of_training(monkeypatch, tmp_path, refused):
         run_here(monkeypatch, *command, *opts)
     with refused("--eval-only needs weights"):
         run_here(monkeypatch, *command, "--eval-only", *opts)
-    with refused(r"MODEL\.RPN\.CONV_DIMS \[64\]: the head has the channels"):
-        run_here(monkeypatch, *command, "--eval-only", *opts, "MODEL.RPN.CONV_DIMS", "[64]")
+    with refused(r"MODEL\.RPN\.BOUNDARY_THRESH 0: anchors that cross"):
+        run_here(monkeypatch, *command, "--eval-only", *opts, "MODEL.RPN.BOUNDARY_THRESH", "0")
 
 
 def test_eval_only_without_weights(monkeypatch, tmp_path, refused):

@@ -14,7 +14,7 @@ from gs_d2 import unread_keys
 from gs_d2.config import add_gs_config, check_config, load_config
 from gs_d2.engine import Trainer
 from gs_d2.engine.checks import leaves
-from gs_d2.modeling import RPNDetector, SoftmaxRPNHead, description_of
+from gs_d2.modeling import DilatedRPNHead, RPNDetector, description_of
 from gs_d2.unread_keys import OF_DETECTORS, OF_ROI_HEADS, OF_RPN, OF_RPN_HEADS, OF_TRAINER
 
 # What main's defaults have beyond those of 0.5 (detectron2/config/defaults.py).
@@ -42,6 +42,7 @@ READ_AND_REFUSED = {
     "MODEL.KEYPOINT_ON",  # by our ROI heads, which refuse it as well
     "MODEL.LOAD_PROPOSALS",  # by Detectron2's test loader, for models that take proposals
     "MODEL.MASK_ON",
+    "MODEL.RPN.CONV_DIMS",  # by one of our heads
 }
 TABLES = {**OF_TRAINER, **OF_DETECTORS, **OF_RPN, **OF_RPN_HEADS, **OF_ROI_HEADS}
 MODELS = (
@@ -121,7 +122,6 @@ RPN, TWO_STAGE, RETINANET, CENTERNET = "quick/demo", "quick/two_stage", "coco/re
     [
         ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.2),
         ("MODEL.MASK_ON", True),
-        ("MODEL.RPN.CONV_DIMS", [64]),
         ("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True),
         ("MODEL.RPN.BOUNDARY_THRESH", 0),
         ("MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]),
@@ -138,6 +138,22 @@ def test_a_key_that_does_nothing_is_refused(name, key, value):
             check_config(load_config(cfg, [key, value]), training)
         (line,) = [line for line in str(error.value).splitlines() if line.startswith("  ")]
         assert line.startswith(f"  {key} {value!r}: ") and len(line) > len(f"  {key} {value!r}: ") + 10
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        (RPN, "DilatedRPNHead"),
+        (RPN, "PerMapRPNHead"),
+        ("pipelines/retinaface", None),
+        (RETINANET, None),
+        (CENTERNET, None),
+    ],
+)
+def test_widths_of_a_head_without_them_are_refused(name, head):
+    wide = ["MODEL.RPN.CONV_DIMS", [64]] + (["MODEL.RPN.HEAD_NAME", head] if head else [])
+    with pytest.raises(ValueError, match=r"MODEL\.RPN\.CONV_DIMS \[64\]: the head has the channels"):
+        check_config(load_config(f"configs/{name}.yaml", wide))
 
 
 def test_all_are_named_at_once_with_what_to_use():
@@ -159,7 +175,7 @@ def test_parts_of_others_may_read_what_ours_do_not():
     theirs = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 4]
     check_config(load_config(f"configs/{TWO_STAGE}.yaml", rcnn + theirs))
 
-    class WideHead(SoftmaxRPNHead):
+    class WideHead(DilatedRPNHead):
         unread_keys = MappingProxyType({})
 
     RPN_HEAD_REGISTRY._do_register("WideHead", WideHead)

@@ -1,6 +1,7 @@
 """Heads that predict face / background logits and box deltas for every anchor of a cell."""
 
 import math
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -15,31 +16,47 @@ from gs_d2.unread_keys import OF_RPN_HEADS
 
 @RPN_HEAD_REGISTRY.register()
 class SoftmaxRPNHead(nn.Module):
-    """One shared 3x3 convolution and ReLU, then 1x1 convolutions to two logits and four deltas per anchor."""
+    """Shared 3x3 convolutions and ReLU, one by default, then 1x1 convolutions to two logits and four deltas per anchor.
 
-    unread_keys = OF_RPN_HEADS
+    Its 3x3 convolutions are set and named as those of Detectron2's StandardRPNHead.
+    """
 
     @configurable
-    def __init__(self, *, in_channels: int, num_anchors: int):
+    def __init__(self, *, in_channels: int, num_anchors: int, conv_dims: Sequence[int] = (-1,)):
         """
         Args:
-            in_channels: channels of every input feature map, kept by the 3x3 convolution.
+            in_channels: channels of every input feature map.
             num_anchors: A, anchors per cell.
+            conv_dims: output channels of each 3x3 convolution; -1 keeps its input's. At least one.
+
+        Raises:
+            ValueError: `conv_dims` is empty, or has a number of channels that is neither -1 nor positive.
         """
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
-        self.objectness_logits = nn.Conv2d(in_channels, 2 * num_anchors, kernel_size=1)
-        self.anchor_deltas = nn.Conv2d(in_channels, 4 * num_anchors, kernel_size=1)
-        weight_init.c2_msra_fill(self.conv)  # Detectron2's std of 0.01 starts too slowly from random weights
+        if not conv_dims or any(dim != -1 and dim < 1 for dim in conv_dims):
+            raise ValueError(
+                f"conv_dims (MODEL.RPN.CONV_DIMS) must be one or more numbers of channels, or -1; got {list(conv_dims)}"
+            )
+        convs, channels = [], in_channels
+        for dim in conv_dims:
+            convs.append(nn.Conv2d(channels, channels if dim == -1 else dim, kernel_size=3, padding=1))
+            channels = convs[-1].out_channels
+            weight_init.c2_msra_fill(convs[-1])  # Detectron2's std of 0.01 starts too slowly from random weights
+        if len(convs) == 1:
+            self.conv = convs[0]
+        else:
+            self.conv = nn.Sequential()
+            for i, conv in enumerate(convs):
+                self.conv.add_module(f"conv{i}", conv)
+                if i < len(convs) - 1:  # forward() has the last one
+                    self.conv.add_module(f"relu{i}", nn.ReLU(inplace=True))
+        self.objectness_logits = nn.Conv2d(channels, 2 * num_anchors, kernel_size=1)
+        self.anchor_deltas = nn.Conv2d(channels, 4 * num_anchors, kernel_size=1)
         init_predictors(self.objectness_logits, self.anchor_deltas)
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        (in_channels,) = _same("channels of the RPN's feature maps", [shape.channels for shape in input_shape])
-        (num_anchors,) = _same(
-            "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
-        )
-        return {"in_channels": in_channels, "num_anchors": num_anchors}
+        return {**shared_by_maps(cfg, input_shape), "conv_dims": cfg.MODEL.RPN.CONV_DIMS}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [N, C, Hi, Wi] -> logits [N, 2A, Hi, Wi] (background, face for each anchor), deltas [N, 4A, Hi, Wi]."""
@@ -84,15 +101,12 @@ class DilatedRPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        (in_channels,) = _same("channels of the RPN's feature maps", [shape.channels for shape in input_shape])
-        (num_anchors,) = _same(
-            "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
-        )
         (num_scales,) = _same("octaves of anchor sizes", [num_octaves(x) for x in cfg.MODEL.ANCHOR_GENERATOR.SIZES])
+        shared = shared_by_maps(cfg, input_shape)
         return {
-            "in_channels": in_channels,
+            "in_channels": shared["in_channels"],
             "num_scales": num_scales,
-            "anchors_per_scale": num_anchors // num_scales,
+            "anchors_per_scale": shared["num_anchors"] // num_scales,
         }
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -138,6 +152,19 @@ class PerMapRPNHead(nn.Module):
             [layer(x) for layer, x in zip(self.objectness_logits, features, strict=True)],
             [layer(x) for layer, x in zip(self.anchor_deltas, features, strict=True)],
         )
+
+
+def shared_by_maps(cfg, input_shape: list[ShapeSpec]) -> dict[str, int]:
+    """`in_channels` and `num_anchors` of a head that is one for all feature maps.
+
+    Raises:
+        ValueError: the maps differ in their channels or in their anchors per cell.
+    """
+    (in_channels,) = _same("channels of the RPN's feature maps", [shape.channels for shape in input_shape])
+    (num_anchors,) = _same(
+        "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
+    )
+    return {"in_channels": in_channels, "num_anchors": num_anchors}
 
 
 def num_octaves(sizes: list[float]) -> int:

@@ -1,15 +1,48 @@
-"""DilatedRPNHead: which branch answers for which anchors, and how far each one looks."""
+"""SoftmaxRPNHead: its 3x3 convolutions. DilatedRPNHead: which branch answers for which anchors, how far each looks."""
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.proposal_generator import build_rpn_head
+from detectron2.modeling.proposal_generator import StandardRPNHead, build_rpn_head
 
 from gs_d2.config import add_gs_config
-from gs_d2.modeling import DilatedRPNHead, ScaleStrideAnchorGenerator
+from gs_d2.modeling import DilatedRPNHead, ScaleStrideAnchorGenerator, SoftmaxRPNHead
 
 SCALES = [16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("conv_dims", "channels"), [([-1], [4]), ([6], [6]), ([-1, -1], [4, 4]), ([8, -1, 5], [8, 8, 5])]
+)
+def test_convolutions_are_those_of_detectron2s_head(conv_dims, channels):
+    """Same widths, names and arithmetic: StandardRPNHead with these weights has the same hidden maps."""
+    torch.manual_seed(0)
+    ours = SoftmaxRPNHead(in_channels=4, num_anchors=3, conv_dims=conv_dims)
+    theirs = StandardRPNHead(in_channels=4, num_anchors=6, box_dim=2, conv_dims=conv_dims)
+    assert [x.out_channels for x in ours.conv.modules() if isinstance(x, torch.nn.Conv2d)] == channels
+    for x in ours.parameters():
+        torch.nn.init.normal_(x)
+    theirs.load_state_dict(ours.state_dict())
+    maps = [torch.rand(2, 4, 10, 12), torch.rand(2, 4, 5, 6)]
+    torch.testing.assert_close(ours(maps), tuple(theirs(maps)))
+
+
+def test_convolutions_come_from_the_config_and_start_strong():
+    cfg = get_cfg()
+    add_gs_config(cfg)
+    cfg.merge_from_list(["MODEL.RPN.HEAD_NAME", "SoftmaxRPNHead", "MODEL.RPN.CONV_DIMS", [64, 32]])
+    net = build_rpn_head(cfg, [ShapeSpec(channels=16, stride=4)])
+    assert [tuple(x.weight.shape) for x in (net.conv.conv0, net.conv.conv1)] == [(64, 16, 3, 3), (32, 64, 3, 3)]
+    assert min(net.conv.conv0.weight.std(), net.conv.conv1.weight.std()) > 0.05
+
+
+@pytest.mark.parametrize("conv_dims", [[], [0], [64, -2]])
+def test_numbers_of_channels_that_cannot_be(conv_dims):
+    with pytest.raises(
+        ValueError, match=r"\(MODEL\.RPN\.CONV_DIMS\) must be one or more numbers of channels, or -1; got"
+    ):
+        SoftmaxRPNHead(in_channels=4, num_anchors=3, conv_dims=conv_dims)
 
 
 def head(num_scales=4, anchors_per_scale=1, channels=4):

@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
 
-from gs_d2.modeling.rpn_heads import SoftmaxRPNHead, init_predictors
+from gs_d2.modeling.rpn_heads import init_predictors, shared_by_maps
 from gs_d2.unread_keys import OF_RPN_HEADS
 
 
@@ -102,7 +102,7 @@ class RetinaFaceHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        return {**SoftmaxRPNHead.from_config(cfg, input_shape), "num_maps": len(input_shape)}
+        return {**shared_by_maps(cfg, input_shape), "num_maps": len(input_shape)}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """As :meth:`SoftmaxRPNHead.forward`."""
