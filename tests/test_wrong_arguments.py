@@ -52,6 +52,7 @@ COMMANDS = {
         *("--config-file", DEMO, "--dataset", "generated_val", "--images", "2", "--output", "{out}/x.pth"),
         *("MODEL.WEIGHTS", "{root}/binary"),
     ],
+    "check_anchors": ["--config-file", DEMO, "--dataset", "generated_val", "--num-images", "2"],
     "cuda_check": ["--package-index", "--folder", "{out}"],
     "convert_darknet": ["{root}/binary", "--output", "{out}/x.pth"],
     "convert_to_timm": ["{root}/binary", "--output", "{out}/x.pth"],

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from gs_d2.analysis.samples import LABELS, SIZE_RULE, TITLES, count_annotations, read_runs, shares, shares_of_samples
+from gs_d2.analysis.samples import LABELS, TITLES, count_annotations, read_runs, shares, shares_of_samples
+from gs_d2.analysis.views import SIZE_RULE
 from gs_d2.command_line import bad_input_ends, parser_of, picture_for
 from gs_d2.formats.json_text import json_text
 from gs_d2.formats.whole_file import write_text

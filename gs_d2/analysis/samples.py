@@ -4,25 +4,18 @@ Counts are dicts {"pos_sampled": {16.0: anchors, ...}, ...} with the keys of TIT
 """
 
 import json
-import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.modeling import build_backbone, build_proposal_generator
 from detectron2.structures import Boxes
-from PIL import Image
 from tqdm import tqdm
 
 from gs_d2 import model_zoo
-from gs_d2.config import load_config
-from gs_d2.data import FaceDatasetMapper
-from gs_d2.data.catalog import load_records
-from gs_d2.data.records import faces_of
+from gs_d2.analysis.views import SIZE_RULE, ViewAnchors, annotated_records, blank_image
 from gs_d2.formats.text import decoded, lines_of
-from gs_d2.modeling import GroupSamplingRPN
 from gs_d2.modeling.losses import group_sums
 
 TITLES = {
@@ -33,8 +26,6 @@ TITLES = {
 }
 FIG_2 = ("rpn", "fpn", "fpn_finest_stride", "fpn_finest", "fpn_finest_sampling")  # (a) to (e)
 LABELS = ("pos_sampled", "neg_sampled")
-ASSUMED_SIZE = (768, 1024)  # height, width in pixels
-SIZE_RULE = "1024 x 768 px, or taller where boxes reach further down"
 
 
 def read_runs(metrics_files) -> dict[str, dict]:
@@ -79,29 +70,16 @@ def _finite(value) -> float:
     return value
 
 
-class TrainedAnchors:
-    """Which anchors of an image a config's detector is trained on: all of its real parts but the net."""
+class TrainedAnchors(ViewAnchors):
+    """Which anchors of an image a config's detector is trained on."""
 
     def __init__(self, config_file):
-        cfg = load_config(config_file, ["INPUT.GS.COLOR_JITTER", 0.0])  # there are no pixels
-        with torch.device("meta"):  # strides are all that is wanted of it: no memory, no weights
-            backbone = build_backbone(cfg)
-        self.shapes = backbone.output_shape()
-        self.size_divisibility = max(backbone.size_divisibility, 1)
-        self.rpn = build_proposal_generator(cfg, self.shapes)
-        if not isinstance(self.rpn, GroupSamplingRPN) or self.rpn.group_loss.sampler.method != "random":
+        super().__init__(config_file)
+        if self.rpn.group_loss.sampler.method != "random":
             raise ValueError(
                 f"{config_file}: what is sampled by loss cannot be known without a net; "
-                "only GroupSamplingRPN with MODEL.GS.SAMPLER random can be counted. Read a run's metrics.json instead"
+                "only MODEL.GS.SAMPLER random can be counted. Read a run's metrics.json instead"
             )
-        self.augment = FaceDatasetMapper(cfg, is_train=True).augment
-
-    def map_sizes(self, image_size) -> list[tuple[int, int]]:
-        """Height and width of each feature map for an image of that height and width, padded as in training."""
-        step = self.size_divisibility
-        padded = [-(-side // step) * step for side in image_size]
-        strides = [self.shapes[name].stride for name in self.rpn.in_features]
-        return [tuple(-(-side // stride) for side in padded) for stride in strides]
 
     def count(self, image_size, faces, ignore_boxes, seed) -> dict[str, np.ndarray]:
         """Anchors of one view by label and scale: int64 [G] for each of TITLES.
@@ -111,11 +89,8 @@ class TrainedAnchors:
             faces, ignore_boxes (float32 [n, 4]): as :meth:`FaceDatasetMapper.augment`.
             seed (int): of the sampling.
         """
-        rpn = self.rpn
-        maps = [torch.empty(1, 0, *size) for size in self.map_sizes(image_size)]
-        anchors = Boxes.cat(rpn.anchor_generator(maps)).tensor
+        anchors, group_loss = self.anchors(image_size), self.rpn.group_loss
         faces, ignore_boxes = Boxes(torch.from_numpy(faces)), Boxes(torch.from_numpy(ignore_boxes))
-        group_loss = rpn.group_loss
         match_labels = group_loss.match(anchors, [faces], [ignore_boxes], [image_size]).labels
         scale_idxs, group_idxs = group_loss.group(anchors)
         sampled_labels = group_loss.sampler(match_labels, group_idxs, seed=seed)
@@ -140,19 +115,12 @@ def count_annotations(config_files=None, dataset="wider_face_train", num_images=
     detectors = {detector_name(path): TrainedAnchors(path) for path in config_files}
     if len(detectors) < len(config_files):
         raise ValueError("Two of the config files have the same name")
-    records = load_records(dataset, for_training=True)
-    if not any(len(faces_of(record).boxes) for record in records):
-        raise ValueError(f"{dataset} has no annotated faces")
-    idxs = range(len(records))
-    if num_images is not None and num_images < len(records):
-        idxs = sorted(np.random.default_rng(seed).choice(len(records), num_images, replace=False).tolist())
-
+    records, idxs = annotated_records(dataset, num_images, seed)
     totals = {name: defaultdict(int) for name in detectors}
     num_read = 0
     for i in tqdm(idxs, desc="counting", unit="image", mininterval=0.1 if sys.stderr.isatty() else 10):
-        size = file_size(records[i]["file_name"])
-        num_read += size is not None
-        blank = np.zeros(size or assumed_size(faces_of(records[i]).boxes), np.uint8)
+        blank, was_read = blank_image(records[i])
+        num_read += was_read
         for name, detector in detectors.items():
             np.random.seed([seed, i])  # Detectron2's augmentations take from numpy's own state
             view, faces, ignore_boxes = detector.augment(blank, records[i])
@@ -179,22 +147,6 @@ def detector_name(config_file: Path) -> str:
     """ "FPN-finest-stride" of `.../fpn_finest_stride.yaml`: the paper's names."""
     words = config_file.stem.split("_")
     return "-".join(word.upper() if word in ("rpn", "fpn", "dc", "wrs", "ohem") else word for word in words)
-
-
-def file_size(file_name) -> tuple[int, int] | None:
-    """Height and width in pixels as read for training, from the file's header; None if there is no file."""
-    if not os.path.isfile(file_name):
-        return None
-    with Image.open(file_name) as image:
-        width, height = image.size
-        lies = image.getexif().get(0x0112, 1) > 4  # the camera was held upright
-    return (width, height) if lies else (height, width)
-
-
-def assumed_size(boxes) -> tuple[int, int]:
-    """Height and width of a file that is not there (SIZE_RULE), from its boxes [n, 4] in pixels."""
-    height, width = ASSUMED_SIZE
-    return max(height, int(np.ceil(boxes[:, 3].max(initial=0)))), width
 
 
 def shares(by_scale):

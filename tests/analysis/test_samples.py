@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_backbone
-from PIL import Image
 
 from gs_d2.analysis import samples
 from gs_d2.config import add_gs_config
-from gs_d2.data import FaceDatasetMapper
 
 ROOT = Path(__file__).resolve().parents[2]
 FIG_2 = ["RPN", "FPN", "FPN-finest-stride", "FPN-finest", "FPN-finest-sampling"]
@@ -175,33 +172,3 @@ def test_a_configs_views_around_a_face_are_counted(generated_train, tmp_path):
     paths = [tmp_path / f"{name}.yaml" for name in ("plain", "jitter", "crops")]
     plain, jitter, crops = samples.count_annotations(paths, generated_train)["detectors"].values()
     assert plain == jitter != crops, "colours have no part in it"
-
-
-@pytest.mark.parametrize("prob", [0.0, 1.0])
-def test_boxes_of_a_blank_image_are_those_of_the_real_one(generated_train, prob):
-    cfg = get_cfg()
-    add_gs_config(cfg)
-    cfg.INPUT.GS.FACE_CROP_PROB = prob
-    mapper = FaceDatasetMapper(cfg, is_train=True)
-    for i, record in enumerate(DatasetCatalog.get(generated_train)):
-        np.random.seed(i)
-        expected = mapper(record)
-        np.random.seed(i)
-        view, faces, ignored = mapper.augment(np.zeros(samples.file_size(record["file_name"]), np.uint8), record)
-        assert view.shape == tuple(expected["image"].shape[1:])
-        np.testing.assert_array_equal(faces, expected["instances"].gt_boxes.tensor)
-        np.testing.assert_array_equal(ignored, expected["ignore_boxes"].tensor)
-
-
-def test_file_sizes(tmp_path):
-    image = Image.new("L", (40, 30))
-    image.save(tmp_path / "a.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter when it is read
-    image.save(tmp_path / "b.jpg", exif=exif)
-    assert samples.file_size(tmp_path / "a.png") == (30, 40)
-    assert samples.file_size(tmp_path / "b.jpg") == (40, 30)
-    assert samples.file_size(tmp_path / "c.jpg") is None
-    assert samples.assumed_size(NOTHING) == (768, 1024)
-    assert samples.assumed_size(np.array([[0, 0, 10, 767.5], [0, 0, 10, 20]])) == (768, 1024)
-    assert samples.assumed_size(np.array([[0, 0, 10, 1000.5], [0, 0, 10, 20]])) == (1001, 1024)
