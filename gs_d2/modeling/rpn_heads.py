@@ -41,7 +41,6 @@ class SoftmaxRPNHead(nn.Module):
         for dim in conv_dims:
             convs.append(nn.Conv2d(channels, channels if dim == -1 else dim, kernel_size=3, padding=1))
             channels = convs[-1].out_channels
-            weight_init.c2_msra_fill(convs[-1])  # Detectron2's std of 0.01 starts too slowly from random weights
         if len(convs) == 1:
             self.conv = convs[0]
         else:
@@ -52,6 +51,8 @@ class SoftmaxRPNHead(nn.Module):
                     self.conv.add_module(f"relu{i}", nn.ReLU(inplace=True))
         self.objectness_logits = nn.Conv2d(channels, 2 * num_anchors, kernel_size=1)
         self.anchor_deltas = nn.Conv2d(channels, 4 * num_anchors, kernel_size=1)
+        for conv in convs:
+            weight_init.c2_msra_fill(conv)  # Detectron2's std of 0.01 starts too slowly from random weights
         init_predictors(self.objectness_logits, self.anchor_deltas)
 
     @classmethod
