@@ -439,11 +439,13 @@ RULES = {
             "detectron2.layers",
             "detectron2.modeling",
             "detectron2.structures",
+            "gs_d2.analysis.views",
             "gs_d2.config",
             "gs_d2.data",
             "gs_d2.formats.text",
             "gs_d2.model_zoo",
             "gs_d2.modeling",
+            "gs_d2.ops",
         ),
         never=(TORCH_OPS_DIRECTLY,),
         cfg="anywhere",
@@ -939,6 +941,7 @@ NEW_SCRIPTS = {
     "benchmarks/face_detectors.py",
     "dev/provoke_out_of_memory.py",
     "tools/calibrate_scores.py",
+    "tools/check_anchors.py",
 }
 
 

@@ -1,10 +1,12 @@
 """Annotated images as training sees them, and a config's anchors on them: boxes and sizes, no net and no pixels."""
 
+import inspect
 import os
 
 import numpy as np
 import torch
-from detectron2.modeling import build_backbone, build_proposal_generator
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_proposal_generator
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import Boxes
 from PIL import Image
 from torch import Tensor
@@ -13,6 +15,7 @@ from gs_d2.config import load_config
 from gs_d2.data import FaceDatasetMapper
 from gs_d2.data.catalog import load_records
 from gs_d2.data.records import faces_of
+from gs_d2.modeling import GroupSamplingRPN
 
 ASSUMED_SIZE = (768, 1024)  # height, width in pixels
 SIZE_RULE = "1024 x 768 px, or taller where boxes reach further down"
@@ -31,9 +34,12 @@ class ViewAnchors:
             ValueError: the detector's anchors are not those of a GroupSamplingRPN.
         """
         self.cfg = cfg = load_config(config_file, [*opts, "INPUT.GS.COLOR_JITTER", 0.0])  # there are no pixels
-        detector, rpn = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME
-        if detector in ("GroupSamplingRetinaNet", "CenterNet") or rpn != "GroupSamplingRPN":
-            raise ValueError(f"{config_file}: only detectors with a GroupSamplingRPN can be counted, not {detector}")
+        rpn = PROPOSAL_GENERATOR_REGISTRY.get(cfg.MODEL.PROPOSAL_GENERATOR.NAME)
+        if not _has_proposal_generator(cfg.MODEL.META_ARCHITECTURE) or not issubclass(rpn, GroupSamplingRPN):
+            raise ValueError(
+                f"{config_file}: only detectors with a {GroupSamplingRPN.__name__} can be counted, not "
+                f"{cfg.MODEL.META_ARCHITECTURE} with MODEL.PROPOSAL_GENERATOR.NAME {rpn.__name__}"
+            )
         with torch.device("meta"):  # strides are all that is wanted of it: no memory, no weights
             backbone = build_backbone(cfg)
         self.shapes = backbone.output_shape()
@@ -52,6 +58,11 @@ class ViewAnchors:
         """Anchors [R, 4] of an image of that height and width, XYXY."""
         maps = [torch.empty(1, 0, *size) for size in self.map_sizes(image_size)]
         return Boxes.cat(self.rpn.anchor_generator(maps)).tensor
+
+
+def _has_proposal_generator(meta_architecture: str) -> bool:
+    classes = META_ARCH_REGISTRY.get(meta_architecture).__mro__
+    return any("proposal_generator" in inspect.signature(x.__init__).parameters for x in classes)
 
 
 def annotated_records(dataset: str, num_images: int | None, seed: int) -> tuple[list[dict], list[int]]:

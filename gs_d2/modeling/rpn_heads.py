@@ -57,7 +57,8 @@ class SoftmaxRPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        return {**shared_by_maps(cfg, input_shape), "conv_dims": cfg.MODEL.RPN.CONV_DIMS}
+        num_anchors = build_anchor_generator(cfg, input_shape).num_anchors
+        return {**shared_by_maps(input_shape, num_anchors), "conv_dims": cfg.MODEL.RPN.CONV_DIMS}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [N, C, Hi, Wi] -> logits [N, 2A, Hi, Wi] (background, face for each anchor), deltas [N, 4A, Hi, Wi]."""
@@ -103,7 +104,7 @@ class DilatedRPNHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
         (num_scales,) = _same("octaves of anchor sizes", [num_octaves(x) for x in cfg.MODEL.ANCHOR_GENERATOR.SIZES])
-        shared = shared_by_maps(cfg, input_shape)
+        shared = shared_by_maps(input_shape, build_anchor_generator(cfg, input_shape).num_anchors)
         return {
             "in_channels": shared["in_channels"],
             "num_scales": num_scales,
@@ -155,17 +156,18 @@ class PerMapRPNHead(nn.Module):
         )
 
 
-def shared_by_maps(cfg, input_shape: list[ShapeSpec]) -> dict[str, int]:
+def shared_by_maps(input_shape: list[ShapeSpec], num_anchors: list[int]) -> dict[str, int]:
     """`in_channels` and `num_anchors` of a head that is one for all feature maps.
+
+    Args:
+        input_shape, num_anchors: of each feature map; anchors are those of a cell.
 
     Raises:
         ValueError: the maps differ in their channels or in their anchors per cell.
     """
     (in_channels,) = _same("channels of the RPN's feature maps", [shape.channels for shape in input_shape])
-    (num_anchors,) = _same(
-        "anchors per cell of the RPN's feature maps", build_anchor_generator(cfg, input_shape).num_anchors
-    )
-    return {"in_channels": in_channels, "num_anchors": num_anchors}
+    (anchors_per_cell,) = _same("anchors per cell of the RPN's feature maps", num_anchors)
+    return {"in_channels": in_channels, "num_anchors": anchors_per_cell}
 
 
 def num_octaves(sizes: list[float]) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
+from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import Tensor, nn
 
@@ -102,7 +103,10 @@ class RetinaFaceHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        return {**shared_by_maps(cfg, input_shape), "num_maps": len(input_shape)}
+        return {
+            **shared_by_maps(input_shape, build_anchor_generator(cfg, input_shape).num_anchors),
+            "num_maps": len(input_shape),
+        }
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """As :meth:`SoftmaxRPNHead.forward`."""
