@@ -58,6 +58,10 @@ def add_gs_config(cfg):
     # "focal_normalized" (focal weights over their own sum, the paper's Focal*). Alpha and gamma are
     # MODEL.RETINANET.FOCAL_LOSS_ALPHA and FOCAL_LOSS_GAMMA.
     cfg.MODEL.GS.CLS_LOSS_TYPE = "softmax"
+    # IoU-aware scores: [low, high], 0 <= low < high <= 1. The target of a positive's score rises from 0 to 1 as the IoU
+    # of its predicted box with its face rises from low to high, so that boxes that do not fit score low. For the last
+    # part of a training: of boxes that do not fit yet it makes negatives. Needs "softmax". [] = 1, as in the paper.
+    cfg.MODEL.GS.IOU_AWARE = []
     # Second pass of matching: "best" (one anchor for each unmatched face), "all", or "none".
     cfg.MODEL.GS.SECOND_PASS = "best"
     # A negative anchor (or proposal) of which at least this share lies in one region to ignore is ignored; in (0, 1].

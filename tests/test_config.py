@@ -371,6 +371,7 @@ def test_a_wrong_value_builds_nothing(key, value, message):
     ("key", "value", "message"),
     [
         ("MODEL.GS.CLS_LOSS_TYPE", "sigmoid", "CLS_LOSS_TYPE must be one of softmax, focal, focal_normalized"),
+        ("MODEL.GS.IOU_AWARE", [0.6, 0.4], r"IOU_AWARE must be empty or two rising IoUs in \[0, 1\], got \[0.6, 0.4\]"),
         ("MODEL.GS.ROI.CLS_LOSS_TYPE", "sigmoid", "CLS_LOSS_TYPE must be one of softmax, focal, focal_normalized"),
         ("MODEL.GS.ROI.SAMPLER", "hard", "method must be one of random, wrs, ohem, ohem_all, none, got 'hard'"),
         ("MODEL.GS.ROI.SCORE_ENSEMBLE", "max", "SCORE_ENSEMBLE must be one of arithmetic, geometric, none"),

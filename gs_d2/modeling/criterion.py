@@ -3,6 +3,8 @@
 Shape shorthand: S boxes of all images one after another, G groups of an image, B images.
 """
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils.events import get_event_storage
@@ -14,6 +16,7 @@ from gs_d2.modeling.losses import (
     focal_weights,
     group_mean_weights,
     group_sums,
+    paired_iou,
 )
 
 CLS_LOSS_TYPES = ("softmax", "focal", "focal_normalized")
@@ -30,6 +33,7 @@ class GroupCriterion:
             sum over the group, so that the loss is a weighted mean: the paper's Focal*.
         focal_alpha, focal_gamma: of focal loss.
         box_reg_loss_type, smooth_l1_beta: see :func:`gs_d2.modeling.losses.box_regression_loss`.
+        iou_aware: empty, or the two IoUs of :meth:`quality`, 0 <= low < high <= 1; only with "softmax".
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class GroupCriterion:
         focal_gamma: float = 2.0,
         box_reg_loss_type: str = "smooth_l1",
         smooth_l1_beta: float = 0.0,
+        iou_aware: Sequence[float] = (),
     ):
         if cls_loss_type not in CLS_LOSS_TYPES:
             raise ValueError(f"CLS_LOSS_TYPE must be one of {', '.join(CLS_LOSS_TYPES)}, got {cls_loss_type!r}")
@@ -48,12 +53,17 @@ class GroupCriterion:
             raise ValueError(
                 f"BBOX_REG_LOSS_TYPE must be one of {', '.join(BOX_REG_LOSS_TYPES)}, got {box_reg_loss_type!r}"
             )
+        if iou_aware and not (len(iou_aware) == 2 and 0 <= iou_aware[0] < iou_aware[1] <= 1):
+            raise ValueError(f"IOU_AWARE must be empty or two rising IoUs in [0, 1], got {list(iou_aware)}")
+        if iou_aware and cls_loss_type != "softmax":
+            raise ValueError(f'IOU_AWARE needs CLS_LOSS_TYPE "softmax", got {cls_loss_type!r}')
         self.box2box_transform = box2box_transform
         self.cls_loss_type = cls_loss_type
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.box_reg_loss_type = box_reg_loss_type
         self.smooth_l1_beta = smooth_l1_beta
+        self.iou_aware = tuple(iou_aware)
 
     def classification(
         self,
@@ -90,6 +100,22 @@ class GroupCriterion:
                 total = total.clamp(min=torch.finfo(torch.float32).tiny)
             weights = weights / total[group_idxs, None]
         return (cls_losses * weights).sum() / num_images
+
+    @torch.no_grad()
+    def quality(self, pred_deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, valid: Tensor) -> Tensor:
+        """What a positive's score should be when scores say how good a box is: the IoU of the predicted box with its
+        ground truth, from 0 at the lower IoU of `iou_aware` (or less) to 1 at the higher (or more).
+
+        Args:
+            pred_deltas, boxes, gt_boxes, valid: as :meth:`box_regression`.
+
+        Returns:
+            float32 Tensor[P] in [0, 1]; 1 where not `valid`. No gradient flows through it.
+        """
+        low, high = self.iou_aware
+        pred_deltas = torch.where(valid[:, None], pred_deltas, 0.0).float()
+        ious = paired_iou(self.box2box_transform.apply_deltas(pred_deltas, boxes), gt_boxes)
+        return torch.where(valid, ((ious - low) / (high - low)).clamp(0, 1), 1.0)
 
     def box_regression(
         self,

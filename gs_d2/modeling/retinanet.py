@@ -114,6 +114,7 @@ class GroupSamplingRetinaNet(BoxDetector):
                 box2box_transform=box2box_transform,
                 box_reg_loss_type=keys.BBOX_REG_LOSS_TYPE,
                 smooth_l1_beta=keys.SMOOTH_L1_LOSS_BETA,
+                iou_aware=gs.IOU_AWARE,
             ),
         }
 
@@ -269,8 +270,9 @@ class GroupSamplingRetinaNet(BoxDetector):
         match_labels = targets.any(dim=-1).to(torch.int8).masked_fill(gt_labels == -1, -1)
         rows = torch.arange(gt_labels.numel(), device=gt_labels.device).view_as(gt_labels)
 
-        def cross_entropy(logits):
-            return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        def cross_entropy(logits, quality=None):
+            present = targets.to(logits.dtype) if quality is None else targets * quality[..., None]
+            return F.binary_cross_entropy_with_logits(logits, present, reduction="none")
 
         loss_cls, loss_box_reg = self.group_loss.dense(
             Boxes.cat(anchors).tensor,

@@ -102,6 +102,7 @@ class GroupSamplingRPN(torch.nn.Module):
                 box2box_transform=box2box_transform,
                 box_reg_loss_type=rpn.BBOX_REG_LOSS_TYPE,
                 smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+                iou_aware=gs.IOU_AWARE,
             ),
             "box2box_transform": box2box_transform,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
@@ -204,9 +205,10 @@ class GroupSamplingRPN(torch.nn.Module):
                 is none.
         """
         matches = self.group_loss.match(anchors, gt_boxes, ignore_boxes, image_sizes)
-        targets = matches.labels.clamp(min=0).long()
+        face = matches.labels == 1
 
-        def cross_entropy(logits):
+        def cross_entropy(logits, quality=None):
+            targets = face.long() if quality is None else _shares(face * quality)
             return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # [B, R]
 
         loss_cls, loss_loc = self.group_loss.dense(anchors, matches, pred_logits, pred_deltas, cross_entropy)
@@ -244,3 +246,8 @@ class GroupSamplingRPN(torch.nn.Module):
             score_thresh=score_thresh,
             min_size=self.min_box_size,
         )
+
+
+def _shares(face: Tensor) -> Tensor:
+    """Target probabilities [B, 2, R] of background and face, from those of face, [B, R]."""
+    return torch.stack((1 - face, face), dim=1)

@@ -183,6 +183,24 @@ def boxes_and_targets(num, seed=0):
     return boxes, boxes + 4 * torch.rand(num, 4, generator=generator), 0.1 * torch.randn(num, 4, generator=generator)
 
 
+def test_quality_is_the_iou_of_the_predicted_box():
+    """Linear between the two IoUs, without a gradient; 1 for rows that only fill up, whatever their deltas."""
+    boxes = torch.tensor([[10.0, 20, 20, 40]]).repeat(8, 1)
+    gt_boxes = boxes.clone()
+    gt_boxes[:, 3] = 20 + 20 * torch.tensor([0.2, 0.4, 0.45, 0.5, 0.6, 1.0, 0.3, 0.3])
+    deltas = torch.zeros(8, 4)
+    deltas[6], deltas[7] = math.nan, math.inf
+    valid = torch.arange(8) < 6
+    quality = criterion(iou_aware=[0.4, 0.6]).quality(deltas.requires_grad_(), boxes, gt_boxes, valid)
+    torch.testing.assert_close(quality, torch.tensor([0.0, 0, 0.25, 0.5, 1, 1, 1, 1]), atol=1e-5, rtol=0)
+    assert not quality.requires_grad
+
+    moved = torch.tensor([[0.0, 0.5, 0.0, 0.0]])  # half a height down
+    quality = criterion(iou_aware=[0.0, 1.0]).quality(moved, boxes[:1], boxes[:1], valid[:1])
+    assert float(quality) == pytest.approx(1 / 3)
+    assert criterion(iou_aware=[0.4, 0.6]).quality(deltas[:0], boxes[:0], boxes[:0], valid[:0]).shape == (0,)
+
+
 def literal_box_loss(kind, deltas, box, target, beta):
     wanted = TRANSFORM.get_deltas(box[None], target[None])[0]
     if kind == "smooth_l1":
@@ -250,6 +268,18 @@ def test_a_wrong_type_is_named():
         ValueError, match="BBOX_REG_LOSS_TYPE must be one of smooth_l1, least_square_iou, iou, got 'diou'"
     ):
         criterion(box_reg_loss_type="diou")
+
+
+@pytest.mark.parametrize("ious", [[0.5], [0.4, 0.5, 0.6], [0.6, 0.4], [0.5, 0.5], [-0.1, 0.5], [0.5, 1.1]])
+def test_two_rising_ious(ious):
+    with pytest.raises(ValueError, match=r"IOU_AWARE must be empty or two rising IoUs in \[0, 1\], got \["):
+        criterion(iou_aware=ious)
+
+
+@pytest.mark.parametrize("cls_loss_type", ["focal", "focal_normalized"])
+def test_focal_loss_is_not_iou_aware(cls_loss_type):
+    with pytest.raises(ValueError, match=f"IOU_AWARE needs CLS_LOSS_TYPE \"softmax\", got '{cls_loss_type}'"):
+        criterion(iou_aware=[0.4, 0.6], cls_loss_type=cls_loss_type)
 
 
 def test_scores_of_a_scale_are_logged():

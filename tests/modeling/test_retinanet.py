@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from gs_d2.config import add_gs_config
@@ -284,8 +284,9 @@ def recorded(model) -> Recorder:
 
 
 @pytest.mark.parametrize("name", ["retinanet", "retinanet_sampling", "retinanet_sampling_wrs", "retinanet_ohem"])
-def test_loss_is_eq_2_written_out(name):
-    model = build(name, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 16)
+@pytest.mark.parametrize("iou_aware", [[], [0.0, 0.75]])
+def test_loss_is_eq_2_written_out(name, iou_aware):
+    model = build(name, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 16, "MODEL.GS.IOU_AWARE", iou_aware)
     sampler = recorded(model)
     anchors = model.anchor_generator(feature_maps())
     logits, deltas = predictions(anchors)
@@ -298,7 +299,7 @@ def test_loss_is_eq_2_written_out(name):
 
     all_anchors, all_logits, all_deltas = Boxes.cat(anchors).tensor, torch.cat(logits, 1), torch.cat(deltas, 1)
     assert sampler.drawn.shape == gt_labels.shape and sampler.num_groups == (4 if "sampling" in name else 1)
-    loss_cls = loss_box_reg = 0.0
+    loss_cls, loss_box_reg, fits = 0.0, 0.0, []
     for b in range(2):
         for group in range(sampler.num_groups):
             rows = torch.nonzero((sampler.drawn[b] >= 0) & (sampler.group_idxs == group))[:, 0].tolist()
@@ -307,9 +308,15 @@ def test_loss_is_eq_2_written_out(name):
                 label = int(gt_labels[b, i])
                 assert (label < K) == bool(sampler.drawn[b, i] == 1)
                 p = all_logits[b, i].double().sigmoid()
-                costs.append(-sum(float(torch.log(p[k] if k == label else 1 - p[k])) for k in range(K)))
+                cost = -sum(float(torch.log(p[k] if k == label else 1 - p[k])) for k in range(K))
                 if sampler.needs_losses:
-                    assert float(sampler.asked[b, i]) == pytest.approx(costs[-1], rel=1e-4)
+                    assert float(sampler.asked[b, i]) == pytest.approx(cost, rel=1e-4)
+                if label < K and iou_aware:  # so much of its class as its predicted box fits
+                    box = model.box2box_transform.apply_deltas(all_deltas[b, i][None], all_anchors[i][None])
+                    fit = min(1.0, float(pairwise_iou(Boxes(box), Boxes(gt_boxes[b, i][None]))) / 0.75)
+                    fits.append(fit)
+                    cost += (1 - fit) * float(torch.log(p[label]) - torch.log(1 - p[label]))
+                costs.append(cost)
                 if label < K:
                     x, y, w, h = _centre(all_anchors[i])
                     gx, gy, gw, gh = _centre(gt_boxes[b, i])
@@ -318,6 +325,7 @@ def test_loss_is_eq_2_written_out(name):
                     distances.append(float(torch.where(error < 0.1, 5 * error**2, error - 0.05).sum()))
             loss_cls += sum(costs) / max(len(costs), 1) / 2
             loss_box_reg += sum(distances) / max(len(distances), 1) / 2
+    assert not iou_aware or min(fits) < max(fits)
     assert float(losses["loss_cls"]) == pytest.approx(loss_cls, rel=1e-4)
     assert float(losses["loss_box_reg"]) == pytest.approx(loss_box_reg, rel=1e-4) and loss_box_reg > 0
 

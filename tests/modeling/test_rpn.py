@@ -63,9 +63,14 @@ class CountingStorage(EventStorage):
 
 @pytest.mark.parametrize("num_groups", [1, 4])
 @pytest.mark.parametrize("method", ["random", "wrs", "ohem"])
-def test_loss_is_eq_2(num_groups, method):
-    """Against the equation written out: a sum over groups of means over the samples drawn."""
-    rpn = build({"box_reg_loss_type": "least_square_iou"}, sampler=GroupSampler(num_groups, 64, method=method))
+@pytest.mark.parametrize("iou_aware", [(), (0.55, 0.85)])
+def test_loss_is_eq_2(num_groups, method, iou_aware):
+    """Against the equation written out: a sum over groups of means over the samples drawn. IoU-aware, a positive is so
+    much of a face as its predicted box fits."""
+    rpn = build(
+        {"box_reg_loss_type": "least_square_iou", "iou_aware": iou_aware},
+        sampler=GroupSampler(num_groups, 64, method=method),
+    )
     images, features, instances = inputs()
     seen = []
     draw = rpn.group_loss.sampler.__call__
@@ -81,15 +86,14 @@ def test_loss_is_eq_2(num_groups, method):
     anchors = rpn.anchor_generator([features["p2"]])[0].tensor
     logits, deltas = rpn.rpn_head([features["p2"]])
     logits, deltas = rpn.anchor_generator.flatten(logits, 2), rpn.anchor_generator.flatten(deltas, 4)
-    loss_cls = loss_loc = 0.0
+    loss_cls, loss_loc, fits = 0.0, 0.0, []
     for b, gt in enumerate(instances):
         match = rpn.group_loss.matcher.match(gt.gt_boxes.tensor, anchors)
         assert torch.equal(match.match_labels, match_labels[b])
         for group in range(num_groups):
             drawn = torch.nonzero((sampled[b] >= 0) & (group_idxs == group))[:, 0]
             positive = torch.nonzero((sampled[b] == 1) & (group_idxs == group))[:, 0]
-            log_p = logits[b].log_softmax(dim=1)
-            loss_cls += -log_p[drawn, sampled[b][drawn].long()].mean() / len(instances)
+            face = (sampled[b] == 1).float()
             if len(positive):
                 target = gt.gt_boxes.tensor[match.matched_idxs[positive]]
                 boxes = rpn.box2box_transform.apply_deltas(deltas[b][positive], anchors[positive])
@@ -97,8 +101,20 @@ def test_loss_is_eq_2(num_groups, method):
                 inter = inter.prod(dim=1)
                 union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (target[:, 2:] - target[:, :2]).prod(1) - inter
                 loss_loc += ((1 - inter / union) ** 2).mean() / len(instances)
+                if iou_aware:
+                    face[positive] = ((inter / union - 0.55) / 0.3).clamp(0, 1).detach()
+                    fits.extend(face[positive].tolist())
+            log_p = logits[b].log_softmax(dim=1)
+            costs = -face * log_p[:, 1] - (1 - face) * log_p[:, 0]
+            loss_cls += costs[drawn].mean() / len(instances)
+    assert not iou_aware or (min(fits) == 0 and 0.1 < max(fits) < 1), "some fit, some do not"
     torch.testing.assert_close(losses["loss_rpn_cls"], loss_cls, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["loss_rpn_loc"], loss_loc, rtol=1e-4, atol=1e-6)
+    # Quality is a target: it has no gradient of its own.
+    parameters = list(rpn.parameters())
+    ours = torch.autograd.grad(sum(losses.values()), parameters)
+    for found, expected in zip(ours, torch.autograd.grad(loss_cls + loss_loc, parameters), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "iou", "least_square_iou"])

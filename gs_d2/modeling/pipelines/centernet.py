@@ -341,6 +341,7 @@ class CenterNet(BoxDetector):
             **OF_ROI_HEADS,
             **{f"MODEL.GS.{key}": _EVERY_CELL for key in own},
             "MODEL.GS.CLS_LOSS_TYPE": _OWN_LOSS,
+            "MODEL.GS.IOU_AWARE": _OWN_LOSS,
             "MODEL.RPN.BBOX_REG_LOSS_*": _OWN_LOSS,
             "MODEL.RPN.LOSS_WEIGHT": _OWN_LOSS,
         }

@@ -754,6 +754,7 @@ def test_defaults_that_are_of_samples_do_not_break_it():
         ("MODEL.GS.GROUP_SAMPLING", False, "every cell of the map is trained on"),
         ("MODEL.GS.GROUP_SCALES", [16, 32], "every cell of the map is trained on"),
         ("MODEL.GS.OHEM_NMS_THRESH", 0.7, "every cell of the map is trained on"),
+        ("MODEL.GS.IOU_AWARE", [0.4, 0.6], r"use MODEL\.GS\.CENTERNET\.LOSS_WEIGHTS"),
         ("MODEL.GS.CLS_LOSS_TYPE", "focal", r"use MODEL\.GS\.CENTERNET\.LOSS_WEIGHTS"),
         ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "least_square_iou", r"use MODEL\.GS\.CENTERNET\.LOSS_WEIGHTS"),
         ("MODEL.RPN.LOSS_WEIGHT", 2.0, r"use MODEL\.GS\.CENTERNET\.LOSS_WEIGHTS"),
