@@ -211,8 +211,8 @@ class GroupLoss:
             matches: of :meth:`match`.
             pred_logits (Tensor[B, R, C]), pred_deltas (Tensor[B, R, 4])
             cross_entropy: maps logits [B, R, C] to losses [B, R], or to [B, R, K] if each class has its own cross
-                entropy. If the criterion is IoU-aware, it is called again with quality [B, R] as a second argument: in
-                [0, 1] the target of a positive's score, in place of 1, and without meaning elsewhere.
+                entropy. If the criterion is IoU-aware, it is also called with quality [B, R] as a second argument: the
+                target of a positive's score, in [0, 1], in place of 1.
             targets (bool Tensor[B, R, K]): which classes are present; only for losses [B, R, K].
 
         Returns:
@@ -220,29 +220,29 @@ class GroupLoss:
         """
         num_images, num_anchors = matches.labels.shape
         scale_idxs, group_idxs = self.group(anchors)
+        quality = ()
+        if self.criterion.iou_aware:
+            of_anchors = self.criterion.quality(
+                pred_deltas.flatten(0, 1),
+                anchors.repeat(num_images, 1),
+                matches.gt_boxes[matches.gt_idxs.flatten()],
+                (matches.labels == 1).flatten(),
+            )
+            quality = (of_anchors.view(num_images, num_anchors),)
         all_losses = pred_logits.new_zeros(num_images, num_anchors)
         if self.needs_losses:
             with torch.no_grad():
-                all_losses = _of_anchors(cross_entropy(pred_logits), targets)
+                all_losses = _of_anchors(cross_entropy(pred_logits, *quality), targets)
         sampled_labels = self.sample(
             matches.labels, group_idxs, all_losses, lambda: self._decode(pred_deltas.detach(), anchors)
         )
         # Mask logits, not losses: a weight of 0 times an infinite loss is NaN, and so is its gradient.
         logits = torch.where((sampled_labels >= 0)[..., None], pred_logits, 0.0)
-        cls_losses = cross_entropy(logits)
+        cls_losses = cross_entropy(logits)  # without quality, as scores are logged, which follow from it
         self.log(scale_idxs, matches.labels, sampled_labels, _of_anchors(cls_losses, targets))
+        if quality:
+            cls_losses = cross_entropy(logits, *quality)
 
-        rows, valid = self._positive_rows(sampled_labels)
-        positives = (
-            pred_deltas.flatten(0, 1)[rows],
-            anchors[rows % num_anchors],
-            matches.gt_boxes[matches.gt_idxs.flatten()[rows]],
-            valid,
-        )
-        if self.criterion.iou_aware:
-            quality = torch.ones(num_images * num_anchors + 1, device=logits.device)
-            quality[torch.where(valid, rows, -1)] = self.criterion.quality(*positives)
-            cls_losses = cross_entropy(logits, quality[:-1].view_as(sampled_labels))
         group_idxs, counts = self.all_groups(group_idxs, num_images)
         group_idxs = group_idxs.flatten()
         loss_cls = self.criterion.classification(
@@ -252,7 +252,15 @@ class GroupLoss:
             targets=None if targets is None else targets.flatten(0, 1),
             **counts,
         )
-        loss_loc = self.criterion.box_regression(*positives, group_idxs[rows], **counts)
+        rows, valid = self._positive_rows(sampled_labels)
+        loss_loc = self.criterion.box_regression(
+            pred_deltas.flatten(0, 1)[rows],
+            anchors[rows % num_anchors],
+            matches.gt_boxes[matches.gt_idxs.flatten()[rows]],
+            valid,
+            group_idxs[rows],
+            **counts,
+        )
         return loss_cls, loss_loc
 
     def _decode(self, pred_deltas: Tensor, anchors: Tensor) -> Tensor:

@@ -107,6 +107,8 @@ def test_loss_is_eq_2(num_groups, method, iou_aware):
             log_p = logits[b].log_softmax(dim=1)
             costs = -face * log_p[:, 1] - (1 - face) * log_p[:, 0]
             loss_cls += costs[drawn].mean() / len(instances)
+            if method != "random":
+                torch.testing.assert_close(anchor_losses[b, drawn], costs[drawn].detach(), rtol=1e-4, atol=1e-6)
     assert not iou_aware or (min(fits) == 0 and 0.1 < max(fits) < 1), "some fit, some do not"
     torch.testing.assert_close(losses["loss_rpn_cls"], loss_cls, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["loss_rpn_loc"], loss_loc, rtol=1e-4, atol=1e-6)
